@@ -1,0 +1,293 @@
+"""The command line: thin, with no logic of its own. Everything heavy is imported inside the commands.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 75 stopped by a signal with a resumable checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rlkit import registry
+from rlkit._version import __version__
+from rlkit.errors import RlkitError, Stopped, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from rlkit.trainer import Trainer
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports mistakes as `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def parse(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse.Namespace:
+    """Parse all of `args`; an unknown option is an error that names the nearest one."""
+    namespace, unknown = parser.parse_known_args(args)
+    if unknown:
+        known = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
+        option = next((u for u in unknown if u.startswith("-")), None)
+        if option is None:
+            raise UserError(f"unexpected `{unknown[0]}` (see `{parser.prog} --help`)")
+        name = option.lstrip("-").split("=")[0]
+        raise UserError(f"unknown option `--{name}`{did_you_mean(name, known)} (see `{parser.prog} --help`)")
+    return namespace
+
+
+def count(text: str) -> int:
+    """A positive whole number; `1e6` and `10_000` are fine."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value >= 1 and value == int(value)):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: an integer >= 1")
+    return int(value)
+
+
+# Commands
+
+
+def list_trainers(args: Sequence[str]) -> int:
+    parse(Parser(prog="rlkit list", description="The trainers: name, status, what they train on, paper."), args)
+    rows = [("NAME", "STATUS", "TRAINS ON", "PAPER")]
+    rows += [(name, e.status, e.data, e.paper) for name, e in registry.entries().items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print("  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip())
+    return 0
+
+
+def train(args: Sequence[str]) -> int:
+    name = args[0] if args and not args[0].startswith("-") else None
+    rest = list(args[1:] if name else args)
+    if name is None and "--config" not in rest:
+        if rest and rest[0] in ("-h", "--help"):
+            print("usage: rlkit train TRAINER [--env ID] [--steps N] [--config FILE] [--FIELD V ...]\n")
+            print("`rlkit train TRAINER --help` lists a trainer's fields; without arguments it runs an embedded task.")
+            return list_trainers([])
+        raise UserError("which trainer? `rlkit train TRAINER ...`; `rlkit list` shows them")
+    from rlkit.config import add_arguments, load_file, merge, read_arguments
+
+    file: dict[str, Any] = {}
+    if "--config" in rest[:-1]:
+        path = rest[rest.index("--config") + 1]
+        file = load_file(path)
+        of_file = file.pop("trainer", None)
+        if name and of_file not in (None, name):
+            raise UserError(f"{path} is of the trainer `{of_file}`, not `{name}`")
+        name = name or of_file
+        if name is None:
+            raise UserError(f"{path} names no trainer: `rlkit train TRAINER --config {path}`")
+    assert name is not None
+    cls = registry.get(name)
+    doc = sys.modules[cls.__module__].__doc__ or ""
+    parser = Parser(
+        prog=f"rlkit train {name}",
+        description=doc.strip().split("\n")[0],
+        epilog=f"Without --env, or with no argument at all: {_task(cls)}. Fields of the file and of the command line "
+        "go by the same names.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=count, metavar="N", help=f"budget in {cls.counts.replace('_', ' ')}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of fields, such as a run's config.yaml")
+    add_arguments(parser, cls.Config)
+    given = vars(parse(parser, rest))
+    fields = merge(file, read_arguments(cls.Config, given))
+    steps = given["steps"] or file.get("steps")
+    fields.pop("steps", None)
+    if fields.get("env") is None and cls.default_task:
+        fields = merge(cls.default_task, fields)
+        print(f"no environment given: the embedded task, {_task(cls)}")
+    steps = count(str(steps or fields.pop("steps", cls.default_steps)))
+    fields.pop("steps", None)
+    if fields.get("out") is None:
+        fields["out"] = str(_new_folder(name, fields))
+    from rlkit.signals import stop
+
+    with stop:
+        trainer = cls(config=cls.make_config(fields, given["config"] or ""))
+        return _learn(trainer, steps)
+
+
+def _task(cls: type[Trainer]) -> str:
+    task = cls.default_task
+    return f"{task.get('env', task.get('data', 'nothing'))} for {task.get('steps', cls.default_steps):,} steps"
+
+
+def _new_folder(name: str, fields: dict[str, Any]) -> Path:
+    """A folder under `runs/` that does not exist yet."""
+    task = str(fields.get("env") or "run").replace("/", "_").replace(":", "_")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    base = Path("runs") / f"{name}-{task}-seed{fields.get('seed', 0)}-{stamp}"
+    folder, number = base, 2
+    while folder.exists():
+        folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return folder
+
+
+def _learn(trainer: Trainer, steps: int | None) -> int:
+    """Learn with progress, then print what changed."""
+    print(trainer.describe(), flush=True)
+    trainer.learn(steps, progress_bar=True)
+    for line in trainer.summary():
+        print(line)
+    return 0
+
+
+def resume(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit resume", description="Finish an interrupted run, or go on to a larger total.")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--steps", type=count, metavar="N", help="new total, larger than the present one")
+    parser.add_argument("--allow-changes", action="store_true", help="go on although config.yaml was edited")
+    given = parse(parser, args)
+    from rlkit.signals import stop
+    from rlkit.trainer import resume as resume_run
+
+    with stop:
+        trainer = resume_run(given.run, allow_changes=given.allow_changes)
+        if given.steps is not None:
+            if given.steps <= trainer.clock:
+                raise UserError(f"--steps {given.steps:,}: the run is at {trainer.clock:,} already; give a larger total")
+            trainer.target = given.steps
+            if trainer.horizon and given.steps > trainer.horizon:
+                print(f"schedules keep the horizon they started with, {trainer.horizon:,} steps")
+        elif trainer.finished:
+            print(f"{given.run} is finished: step {trainer.clock:,}. `--steps N` goes on to a larger total.")
+            return 0
+        return _learn(trainer, None)
+
+
+def evaluate(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit eval", description="Evaluate the newest checkpoint of a run, deterministically.")
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or saved folder")
+    parser.add_argument("--episodes", type=count, default=10, metavar="N")
+    parser.add_argument("--seed", type=int, metavar="S", help="episode k is reset with a seed derived from (S, k)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    given = parse(parser, args)
+    if given.seed is not None and given.seed < 0:
+        raise UserError(f"--seed: got {given.seed}; allowed: an integer >= 0")
+    from rlkit.trainer import load
+
+    trainer = load(given.run, inference=True)
+    record = trainer.evaluate(given.episodes, seed=given.seed)
+    assert record is not None
+    values = {k.removeprefix("eval/"): v for k, v in record.items()}
+    result = {
+        "mean": values["mean_reward"],
+        "std": values["std_reward"],
+        "ci95": [values["ci95_low"], values["ci95_high"]],
+        "episodes": given.episodes,
+        "returns": values["returns"],
+    }
+    interval = f"95 % interval {result['ci95'][0]:.1f} to {result['ci95'][1]:.1f}" if given.episodes > 1 else "no interval"
+    print(f"return {result['mean']:.1f} ± {result['std']:.1f} over {given.episodes} episodes (n={given.episodes}, {interval})")
+    if given.json:
+        print(json.dumps(_no_nan(result)))
+    return 0
+
+
+def _no_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for a figure that does not exist, such as the deviation of one episode."""
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit plot", description="Learning curves; runs of one trainer become a mean with interval.")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", metavar="FILE.png")
+    given = parse(parser, args)
+    from rlkit.plot import plot as draw
+
+    runs = [Path(run) for run in given.runs]
+    default = runs[0] / "learning-curve.png" if len(runs) == 1 else Path("learning-curves.png")
+    print(draw(runs, Path(given.out) if given.out else default))
+    return 0
+
+
+def bench(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit bench", description="Run a benchmark suite of a checkout: CSV, figures, a table.")
+    parser.add_argument("suite", metavar="SUITE", nargs="?")
+    parser.add_argument("--quick", action="store_true", help="at most two minutes, to see that it runs")
+    given = parse(parser, args)
+    import rlkit
+
+    root = Path(rlkit.__file__).parent.parent
+    script = root / "benchmarks" / "run.py"
+    if not script.exists():
+        raise UserError("benchmarks are part of a checkout, and this is an installed copy: clone the repository")
+    import subprocess
+
+    command = [sys.executable, str(script), *([given.suite] if given.suite else []), *(["--quick"] if given.quick else [])]
+    return subprocess.run(command, check=False, cwd=root).returncode
+
+
+def doctor(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit doctor", description="Versions, devices, and what is installed.")
+    parser.add_argument("--determinism", action="store_true", help="run a tiny job twice and compare hashes")
+    given = parse(parser, args)
+    from rlkit import doctor
+
+    for line in doctor.report():
+        print(line)
+    if given.determinism:
+        same, line = doctor.determinism()
+        print(line)
+        return 0 if same else 1
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "list": (list_trainers, "trainers: name, status, what they train on, paper"),
+    "train": (train, "train; without further arguments, a trainer's embedded task"),
+    "resume": (resume, "finish an interrupted run, or go on to a larger total"),
+    "eval": (evaluate, "evaluate the newest checkpoint of a run"),
+    "plot": (plot, "learning curves of one or several runs"),
+    "bench": (bench, "run a benchmark suite of a checkout"),
+    "doctor": (doctor, "versions, devices and extras"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if args and args[0] in COMMANDS:
+            return COMMANDS[args[0]][0](args[1:])
+        if args and not args[0].startswith("-"):
+            raise UserError(f"unknown command `{args[0]}`{did_you_mean(args[0], COMMANDS)}")
+        parser = Parser(
+            prog="rlkit",
+            description="Trainers for reinforcement learning and preference optimisation that resume exactly.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="commands:\n" + "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()),
+        )
+        parser.add_argument("--version", action="version", version=f"rlkit {__version__}")
+        parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
+        parse(parser, args)
+        parser.print_help()
+        return 0 if not args else 2
+    except RlkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except argparse.ArgumentTypeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.exit_code
+    except Stopped as stopped:
+        print(stopped.message, file=sys.stderr)
+        return int(stopped.code or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

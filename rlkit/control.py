@@ -1,0 +1,501 @@
+"""ControlTrainer: what every trainer that acts in environments shares.
+
+It steps environments into the buffer, owes updates, applies reward modules, predicts, evaluates, and saves what acting
+needs. Collection follows Stable-Baselines3's off-policy scheme and names: uniform random actions for `learning_starts`
+steps, then `gradient_steps` updates after every `train_freq` steps of all environments together. An on-policy or offline
+trainer overrides `collect`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as limits
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkit import envs, rewards
+from rlkit.buffer import Field, RolloutBuffer, dtype_of
+from rlkit.config import Count, Fraction, Positive, RunConfig, Strict, Whole, merge
+from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatten_obs, space_from_json, space_to_json
+from rlkit.envs.vector import VectorAdapter
+from rlkit.errors import CheckpointError, UserError, did_you_mean
+from rlkit.evaluate import evaluate
+from rlkit.nets import ActivationName
+from rlkit.nstep import NStep
+from rlkit.trainer import Batch, Trainer
+
+WINDOW = 100  # episodes behind rollout/ep_rew_mean, as in Stable-Baselines3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlConfig(RunConfig):
+    """Environments, and what every control trainer does with them."""
+
+    env: str | None = None
+    """Gymnasium id, such as `HalfCheetah-v5` or `my_package:MyEnv-v0`; None for an environment object given in Python."""
+    n_envs: Count = 1
+    """Copies of the environment, stepped together."""
+    vectorization_mode: Literal["sync", "async"] = "sync"
+    """`async` runs each copy in a worker process of its own."""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `gymnasium.make`, as `name=value` pairs."""
+    env_timeout: Positive = 60.0
+    """Seconds after which a `step` or `reset` that has not returned is reported as hanging."""
+    reward: tuple[str, ...] = ()
+    """Reward modules, applied in turn: `scale=0.1`, `clip=-1,1`, `normalize`, `module:function`."""
+    gamma: Fraction = 0.99
+    """Discount factor."""
+    normalize_obs: bool = False
+    """Standardise observations by running moments, which are saved with the policy and frozen when it predicts."""
+    preset: str | None = None
+    """Documented hyperparameters under the given fields: a name, or `auto` for those of the environment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffPolicyConfig(ControlConfig):
+    """Replay and updates, under Stable-Baselines3's names."""
+
+    learning_rate: Positive = 3e-4
+    """Adam's step size, of all networks."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """`linear` falls to zero at the end of the first budget."""
+    buffer_size: Count = 1_000_000
+    """Transitions kept."""
+    learning_starts: Whole = 100
+    """Steps of uniform random actions before the first update."""
+    batch_size: Count = 256
+    """Transitions of an update."""
+    n_steps: Count = 1
+    """Rewards summed before the value of a later state stands in."""
+    train_freq: Count = 1
+    """Steps of all environments together between updates."""
+    gradient_steps: Annotated[int, limits.Ge(-1)] = 1
+    """Updates each time; -1 makes as many as transitions were gathered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetConfig(Strict):
+    """`policy_kwargs`: the networks."""
+
+    net_arch: tuple[Count, ...] | dict[Literal["pi", "qf"], tuple[Count, ...]] = (256, 256)
+    """Hidden widths: one list, or a mapping with `pi` (actor) and `qf` (critics)."""
+    activation_fn: ActivationName = "relu"
+    """Activation of hidden layers."""
+    n_critics: Count = 2
+    """Critics; REDQ (arXiv:2101.05982) uses 10."""
+    layer_norm: bool = False
+    """Layer normalisation in the critics (DroQ, arXiv:2110.02034)."""
+    dropout: Annotated[float, limits.Interval(ge=0, lt=1)] = 0.0
+    """Dropout probability in the critics (DroQ uses 0.01)."""
+
+    def widths(self, net: Literal["pi", "qf"]) -> tuple[int, ...]:
+        """Hidden widths of the actor (`pi`) or the critics (`qf`)."""
+        return self.net_arch.get(net, ()) if isinstance(self.net_arch, dict) else self.net_arch
+
+
+class ControlTrainer(Trainer):
+    """Base of trainers that act in environments.
+
+    Args:
+        env: gymnasium id, Env, list of functions that make an Env, gymnasium VectorEnv, or Stable-Baselines3 VecEnv.
+        config: a whole configuration, instead of `fields`.
+        eval_env: function that makes an environment for evaluations; needed where `env` is an object that rlkit
+            cannot make again (an Env or a VectorEnv).
+        reward: reward modules (callables or their names), applied in turn.
+        fields: fields of `Config`, such as `seed=0, batch_size=256`.
+
+    Raises:
+        UserError: an unknown field, a value out of range, an environment this trainer does not support.
+    """
+
+    Config: ClassVar[type[ControlConfig]] = OffPolicyConfig
+    config: Any
+    action_spaces: ClassVar[tuple[str, ...]] = ("Box",)
+    """Names of the gymnasium spaces whose actions the policy can produce."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Environment id, or a name, -> fields."""
+
+    buffer: RolloutBuffer
+    normalizer: torch.nn.Module
+
+    def __init__(
+        self,
+        env: Any = None,
+        *args: Any,
+        config: Any = None,
+        eval_env: Callable[[], gym.Env] | None = None,
+        reward: Sequence[str | rewards.RewardModule] | None = None,
+        saved: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
+        self._check_call(env, args, config, fields)
+        modules = None if reward is None else [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+        if modules is not None and config is None:
+            fields["reward"] = tuple(rewards.spec_of(m) for m in modules)
+        if isinstance(env, str):
+            fields["env"] = env
+        if config is None:
+            config = self.make_config(fields)
+        self._spec = env if env is not None and not isinstance(env, str) else config.env
+        self._eval_env = eval_env
+        self._adapter: VectorAdapter | None = None
+        self._pending_env_state: Mapping[str, Any] | None = None
+        self._config_for_env = config
+        if saved is not None and "spaces" in saved:
+            self.observation_space = space_from_json(saved["spaces"]["observation"])
+            self.action_space = space_from_json(saved["spaces"]["action"])
+        elif self._spec is None:
+            raise UserError(f"`env`: {self.name} needs an environment: a gymnasium id such as `Pendulum-v1`, or an object")
+        else:
+            self.observation_space = self.env.raw_observation_space
+            self.action_space = self.env.action_space
+        check_action_space(self.action_space, self.action_spaces, self.name.upper())
+        self.flat_observation_space = flat_space(self.observation_space)
+        self.scale = ActionScale(self.action_space) if isinstance(self.action_space, gym.spaces.Box) else None
+        self.n_envs = self._adapter.num_envs if self._adapter is not None else config.n_envs
+        context = {"gamma": config.gamma, "n_envs": self.n_envs}
+        self._missing_rewards = [r for r in config.reward if r.startswith("<")] if modules is None else []
+        chosen = modules if modules is not None else [r for r in config.reward if r not in self._missing_rewards]
+        self.reward = rewards.Chain([rewards.resolve(m, **context) for m in chosen])
+        self.window: deque[tuple[float, int, bool | None]] = deque(maxlen=WINDOW)
+        self.n_step = NStep(getattr(config, "n_steps", 1), config.gamma, self.n_envs)
+        self.vector_steps, self.since_update = 0, 0
+        super().__init__(config)
+
+    @classmethod
+    def _check_call(cls, env: Any, args: tuple[Any, ...], config: Any, fields: Mapping[str, Any]) -> None:
+        if args or (isinstance(env, str) and env.endswith("Policy")):
+            raise UserError(
+                f"rlkit trainers take the environment first and no policy name: "
+                f'rlkit.{cls.__name__}("HalfCheetah-v5", batch_size=256); networks are set by `policy_kwargs`'
+            )
+        if config is not None and fields:
+            raise UserError(f"give either `config` or fields, not both (got {', '.join(fields)})")
+        if config is not None and not isinstance(config, cls.Config):
+            raise UserError(f"`config`: {cls.__name__} needs a {cls.Config.__name__}, got {type(config).__name__}")
+
+    @classmethod
+    def make_config(cls, fields: Mapping[str, Any], source: str = "") -> Any:
+        """`fields` over the preset that they name, over the defaults."""
+        preset = fields.get("preset")
+        if preset is None:
+            return super().make_config(fields, source)
+        return super().make_config(merge(cls.preset_fields(preset, fields.get("env")), fields), source)
+
+    @classmethod
+    def preset_fields(cls, preset: str, env: str | None) -> Mapping[str, Any]:
+        """The fields of a preset; `auto` means the environment's own, whatever its version.
+
+        Raises:
+            UserError: no such preset.
+        """
+        if preset != "auto":
+            if preset not in cls.presets:
+                raise UserError(f"`preset`: unknown `{preset}`{did_you_mean(preset, [*cls.presets, 'auto'])}")
+            return cls.presets[preset]
+        if env in cls.presets:
+            return cls.presets[env]
+        family = {name.rpartition("-v")[0]: values for name, values in cls.presets.items() if "-v" in name}
+        base = (env or "").rpartition("-v")[0]
+        if base not in family:
+            print(f"no preset for {env}: using the defaults", file=sys.stderr)
+        return family.get(base, {})
+
+    @classmethod
+    def is_object(cls, key: str, value: Any) -> bool:
+        if key == "reward" and value is not None:
+            return callable(value) or any(callable(item) for item in value if not isinstance(item, str))
+        return key == "eval_env" or (key == "env" and value is not None and not isinstance(value, str))
+
+    # Environments
+
+    @property
+    def env(self) -> VectorAdapter:
+        """The environments, opened at first use; a loaded trainer restores their state then.
+
+        Raises:
+            UserError: the run's environment was a Python object and none was given to `load`.
+        """
+        if self._adapter is None:
+            config = self._config_for_env
+            if self._spec is None:
+                raise UserError(
+                    f"this run's environment was a Python object: pass it again, "
+                    f"{type(self).__name__}.load(folder, env=...), to go on learning"
+                )
+            self._adapter = envs.make(
+                self._spec,
+                n_envs=config.n_envs,
+                seed=config.seed,
+                vectorization_mode=config.vectorization_mode,
+                env_kwargs=config.env_kwargs,
+                timeout=config.env_timeout,
+            )
+            if self._pending_env_state is not None:
+                self._restore_env(self._adapter, self._pending_env_state)
+                self._pending_env_state = None
+        return self._adapter
+
+    def _restore_env(self, adapter: VectorAdapter, state: Mapping[str, Any]) -> None:
+        expected = (self.observation_space, self.action_space)
+        if (adapter.raw_observation_space, adapter.action_space) != expected:
+            raise UserError(
+                f"the environment has spaces {adapter.raw_observation_space}, {adapter.action_space}; the checkpoint's are "
+                f"{expected[0]}, {expected[1]}"
+            )
+        for message in adapter.load_state_dict(state):
+            print(message, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close environments and worker processes; also done when the trainer is deleted."""
+        if self._adapter is not None:
+            self._adapter.close()
+
+    def before_learning(self) -> None:
+        if self._missing_rewards:
+            raise UserError(
+                f"this run learned from the Python rewards {', '.join(self._missing_rewards)}: pass them again, "
+                f"{type(self).__name__}.load(folder, reward=[...])"
+            )
+        if self.env.obs is None:
+            self.env.reset()
+
+    # Collection
+
+    @property
+    def obs_dim(self) -> int:
+        return int(self.flat_observation_space.shape[0])
+
+    @property
+    def action_dim(self) -> int:
+        return int(np.prod(self.action_space.shape or (1,)))
+
+    def transition_fields(self) -> dict[str, Field]:
+        """Columns of a transition: the observation in its own dtype, the action in [-1, 1]."""
+        obs = Field((self.obs_dim,), dtype_of(self.flat_observation_space.dtype))
+        return {
+            "obs": obs,
+            "action": Field((self.action_dim,)),
+            "reward": Field(),
+            "next_obs": obs,
+            "terminated": Field(dtype=torch.bool),
+            "truncated": Field(dtype=torch.bool),
+            "discount": Field(),
+        }
+
+    def explore(self, obs: Tensor) -> dict[str, Tensor]:
+        """(n, obs_dim) observations -> columns to store, at least `action` (n, action_dim) in [-1, 1]."""
+        raise NotImplementedError
+
+    def act(self, obs: Tensor, deterministic: bool) -> Tensor:
+        """(n, obs_dim) float observations -> (n, action_dim) actions in [-1, 1]; noise from the stream `predict`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def collect(self) -> int:
+        """One step of every environment; returns how many transitions that made (autoreset steps make none)."""
+        config, adapter = self.config, self.env
+        if self.clock < config.learning_starts:
+            shape = (adapter.num_envs, self.action_dim)
+            columns = {"action": torch.rand(shape, generator=self.rng["warmup"], device=self.device) * 2 - 1}
+        else:
+            columns = self.explore(torch.from_numpy(adapter.obs).to(self.device))
+        numpy_columns = {name: value.float().cpu().numpy() for name, value in columns.items()}
+        rows = adapter.step(numpy_columns.pop("action"))
+        taken = len(rows["reward"])
+        if taken == 0:
+            return 0
+        rows |= {name: value[rows["env"]] for name, value in numpy_columns.items()}
+        self.store(rows)
+        self.window.extend((e.return_, e.length, e.success) for e in adapter.pop_episodes())
+        self.vector_steps += 1
+        self.since_update += taken
+        due = self.clock + taken > config.learning_starts and self.vector_steps % config.train_freq == 0
+        if due and len(self.buffer):
+            self.owed += self.since_update if config.gradient_steps < 0 else config.gradient_steps
+            self.since_update = 0
+        return taken
+
+    def store(self, rows: dict[str, Any]) -> None:
+        """Reward modules, n-step sums, then the buffer."""
+        if self.config.normalize_obs:
+            self.normalizer.update(torch.from_numpy(rows["obs"]).to(self.device))
+        if self.reward.modules:
+            shaped = self.reward(
+                {
+                    "rewards": rows["reward"],
+                    "observations": rows["obs"],
+                    "actions": rows["action"],
+                    "next_observations": rows["next_obs"],
+                    **{name: rows[name] for name in ("terminated", "truncated", "env")},
+                }
+            )
+            rows["reward"] = shaped.astype(np.float32)
+        complete = self.n_step(rows)
+        if complete is not None:
+            self.buffer.add({name: complete[name] for name in self.buffer.fields})
+
+    def batch(self) -> Batch:
+        return self.buffer.sample(self.config.batch_size, self.rng["sample"])
+
+    @property
+    def learning_rate(self) -> float:
+        """Adam's step size now, under the schedule."""
+        fraction = 1.0 - self.progress if self.config.learning_rate_schedule == "linear" else 1.0
+        return self.config.learning_rate * fraction
+
+    def schedule(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Set the scheduled learning rate."""
+        if self.config.learning_rate_schedule != "constant":
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate
+
+    # Acting
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """Actions of the policy, in the environment's own units; Stable-Baselines3's signature.
+
+        Args:
+            observation: one observation, or a batch with a leading axis (a mapping of such for Dict spaces).
+            state: passed through; the policies here have none.
+            episode_start: ignored for the same reason.
+            deterministic: the mode of the policy instead of a sample; samples come from a stream of their own, so
+                predicting does not disturb training.
+
+        Returns:
+            (action, state); the action has a leading axis if the observation had one.
+
+        Raises:
+            UserError: the observation does not fit the space.
+        """
+        single = not _is_batched(self.observation_space, observation)
+        n = None if single else len(_leaf(self.observation_space, observation)[0])
+        flat = np.atleast_2d(flatten_obs(self.observation_space, _as_arrays(observation), n))
+        with torch.no_grad():
+            action = self.act(torch.from_numpy(np.ascontiguousarray(flat)).to(self.device), deterministic).float().cpu()
+        actions = self.scale.to_env(action.numpy()) if self.scale is not None else action.numpy()
+        return (actions[0] if single else actions), state
+
+    def make_eval_env(self) -> Callable[[], gym.Env] | None:
+        """A function that makes an evaluation environment, or None."""
+        if self._eval_env is not None:
+            return self._eval_env
+        if self._adapter is not None:
+            return self._adapter.make_single
+        return envs.make_single(self._spec, self._config_for_env.env_kwargs) if self._spec is not None else None
+
+    def can_evaluate(self) -> bool:
+        return self.make_eval_env() is not None
+
+    def evaluate(
+        self, episodes: int = 10, *, seed: int | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any] | None:
+        make_env = self.make_eval_env()
+        if make_env is None:
+            raise UserError("evaluation needs an environment of its own: pass `eval_env=` (a function that makes one)")
+        self._set_training(False)
+        result = evaluate(
+            self, make_env, episodes, self.config.seed if seed is None else seed, should_stop=should_stop
+        )
+        self._set_training(True)
+        return None if result is None else {**result.record(), "eval/returns": result.returns}
+
+    def describe(self) -> str:
+        source = self.config.env or type(self._spec).__name__
+        lines = f"{super().describe()}\nenvironment: {self.n_envs} x {source}, observations {self.obs_dim}, actions {self.action_dim}"
+        return f"{lines}\nbuffer: {self.buffer.describe()}" if hasattr(self, "buffer") else lines
+
+    def describe_evaluation(self, record: Mapping[str, Any]) -> str:
+        n = record["eval/episodes"]
+        spread = f" ± {record['eval/std_reward']:.1f}" if n > 1 else ""
+        return f"return {record['eval/mean_reward']:.1f}{spread} over {n} episodes"
+
+    def _set_training(self, training: bool) -> None:
+        for part in self._parts.values():
+            if isinstance(part, torch.nn.Module):
+                part.train(training)
+
+    def metrics(self) -> dict[str, float]:
+        values = super().metrics()
+        if self.window:
+            values["rollout/ep_rew_mean"] = float(np.mean([r for r, _, _ in self.window]))
+            values["rollout/ep_len_mean"] = float(np.mean([n for _, n, _ in self.window]))
+            successes = [s for _, _, s in self.window if s is not None]
+            if successes:
+                values["rollout/success_rate"] = float(np.mean(successes))
+        values["train/n_updates"] = self.updates
+        return values
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        files = super().state()
+        adapter_state = self._adapter.state_dict() if self._adapter is not None else self._pending_env_state
+        files["state"] |= {
+            "spaces": {"observation": space_to_json(self.observation_space), "action": space_to_json(self.action_space)},
+            "env": adapter_state,
+            "reward": self.reward.state_dict(),
+            "n_step": self.n_step.state_dict(),
+            "window": [list(episode) for episode in self.window],
+            "collect": {"vector_steps": self.vector_steps, "since_update": self.since_update},
+        }
+        return files
+
+    def load_state(self, files: Mapping[str, Any]) -> None:
+        super().load_state(files)
+        state = files["state"]
+        try:
+            if not self._missing_rewards:
+                self.reward.load_state_dict(state["reward"])
+            self.n_step.load_state_dict(state["n_step"])
+            self.window = deque((tuple(episode) for episode in state["window"]), maxlen=WINDOW)
+            self.vector_steps, self.since_update = state["collect"]["vector_steps"], state["collect"]["since_update"]
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint's state does not fit: {error!r}") from error
+        self._pending_env_state = state["env"]
+        if self._adapter is not None and self._pending_env_state is not None:
+            self._restore_env(self._adapter, self._pending_env_state)
+            self._pending_env_state = None
+
+
+def _as_arrays(observation: Any) -> Any:
+    if isinstance(observation, Mapping):
+        return {key: _as_arrays(value) for key, value in observation.items()}
+    return np.asarray(observation)
+
+
+def _leaf(space: gym.Space, observation: Any) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The first array of an observation, with the shape that its space gives one of them.
+
+    Raises:
+        UserError: a Dict observation without the space's keys.
+    """
+    while isinstance(space, gym.spaces.Dict):
+        key = next(iter(space.spaces))
+        if not isinstance(observation, Mapping) or key not in observation:
+            raise UserError(f"observation: expected a mapping with {', '.join(space.spaces)}, got {type(observation).__name__}")
+        space, observation = space.spaces[key], observation[key]
+    return np.asarray(observation), tuple(space.shape or ())
+
+
+def _is_batched(space: gym.Space, observation: Any) -> bool:
+    leaf, shape = _leaf(space, observation)
+    if leaf.shape == shape:
+        return False
+    if leaf.shape[1:] == shape and leaf.ndim == len(shape) + 1:
+        return True
+    raise UserError(f"observation: expected shape {shape}, or (n, *{shape}) for a batch, got {leaf.shape}")

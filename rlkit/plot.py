@@ -1,0 +1,97 @@
+"""Learning curves from run folders.
+
+One panel an environment; in it one curve for each group of runs of the same trainer and preset. A group of one run shows
+its evaluations; several runs show their mean with the 95 % Student interval over runs, at the steps that all of them
+evaluated.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from scipy import stats
+
+from rlkit.config import load_file
+from rlkit.errors import UserError
+from rlkit.run import records
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend has to be chosen first)
+
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+def curve(run: Path) -> tuple[str, Curve]:
+    """Label of the values and (steps, values) of a run: evaluations if there are two or more, else training returns.
+
+    Raises:
+        UserError: the folder holds no run, or nothing to draw yet.
+    """
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml")
+    sources = (("eval.jsonl", "eval/mean_reward"), ("metrics.jsonl", "rollout/ep_rew_mean"))
+    for name, key in sources:
+        points = [(r["step"], r[key]) for r in records(run, name) if key in r]
+        if len(points) >= 2:
+            steps, values = np.array(points, dtype=float).T
+            return key, (steps, values)
+    raise UserError(f"{run} has nothing to draw yet: no two records with {' or '.join(k for _, k in sources)}")
+
+
+def mean_interval(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Common steps, mean, and both ends of the 95 % Student interval over runs (NaN for one run)."""
+    steps = sorted(set.intersection(*(set(s.tolist()) for s, _ in curves)))
+    if not steps:
+        raise UserError("the runs have no evaluation step in common; give them the same `eval_every`")
+    table = np.array([[dict(zip(s.tolist(), v.tolist(), strict=True))[t] for t in steps] for s, v in curves])
+    n, mean = len(curves), table.mean(0)
+    half = stats.t.ppf(0.975, n - 1) * table.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(steps), np.nan)
+    return np.array(steps), mean, mean - half, mean + half
+
+
+def group(run: Path) -> tuple[str, str]:
+    """(environment, label) that decide the panel and the curve of a run."""
+    config = load_file(run / "config.yaml")
+    label = str(config.get("trainer", "?"))
+    if config.get("preset") not in (None, "auto"):
+        label += f" ({config['preset']})"
+    return str(config.get("env") or config.get("data") or "environment"), label
+
+
+def plot(runs: Sequence[Path], out: Path) -> Path:
+    """Draw the learning curves of `runs` into the image `out`."""
+    panels: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        env, label = group(run)
+        panels[env][label].append(run)
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), squeeze=False)
+    for axis, (env, groups) in zip(axes[0], panels.items(), strict=True):
+        for label, members in groups.items():
+            _draw(axis, label, [curve(run) for run in members])
+        axis.set(title=env, xlabel="environment steps", ylabel="return")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="best", frameon=False)
+    figure.tight_layout()
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {error}") from None
+    finally:
+        plt.close(figure)
+    return out
+
+
+def _draw(axis: Any, label: str, labelled: Sequence[tuple[str, Curve]]) -> None:
+    curves = [values for _, values in labelled]
+    what = "evaluation" if all(key.startswith("eval") for key, _ in labelled) else "training return"
+    steps, mean, low, high = mean_interval(curves)
+    n = len(curves)
+    name = f"{label}, {what}" + (f", mean of {n} runs, 95 % interval" if n > 1 else " (n=1)")
+    (line,) = axis.plot(steps, mean, marker="o" if n == 1 else None, markersize=3, label=name)
+    if n > 1:
+        axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)

@@ -1,0 +1,221 @@
+"""A run: what surrounds the loop. Its folder, schedules of logging, evaluation and checkpoints, signals, progress.
+
+The schedules are functions of the trainer's clock and of `trainer.marks`, which is saved with the run, so a resumed run
+logs, evaluates and saves at the same steps as one that was never stopped.
+
+Folder: `config.yaml`, `metrics.jsonl`, `metrics.csv`, `eval.jsonl`, `tb/`, `checkpoints/step-…/`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rlkit import checkpoint
+from rlkit.errors import RlkitError, Stopped, UserError
+from rlkit.metrics import RunLog
+from rlkit.progress import Progress
+from rlkit.signals import stop
+
+if TYPE_CHECKING:
+    from rlkit.trainer import Trainer
+
+Callback = Callable[["Trainer"], bool | None]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds a run."""
+    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints", "manifest.json"))
+
+
+def refuse_run(folder: Path) -> None:
+    """Raise UserError where `folder` already holds a run."""
+    if is_run(folder):
+        raise UserError(
+            f"{folder} already holds a run; go on with it by `rlkit resume {folder}`, or choose another `--out`"
+        )
+
+
+def open_folder(folder: Path, config: str) -> None:
+    """Make the run folder and write `config.yaml`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder}: {error}") from None
+
+
+class Run:
+    """Context manager around one `learn`: use `tick()` after every iteration of the loop.
+
+    Args:
+        trainer: its clock, marks and configuration drive the schedules.
+        folder: where files go; None keeps records in memory and skips evaluations and checkpoints.
+        progress: show a progress bar (a terminal) or lines (a pipe).
+        callback: called with the trainer after each iteration that gathered experience; False ends the run.
+    """
+
+    def __init__(
+        self, trainer: Trainer, folder: Path | None, *, progress: bool = False, callback: Callback | None = None
+    ) -> None:
+        self.trainer, self.folder, self.callback = trainer, folder, callback
+        self.config = trainer.config
+        self.finished_by_callback = False
+        self._progress = Progress(trainer.target, trainer.clock, trainer.counts) if progress else None
+        self._saved_at: tuple[int, float] | None = None
+
+    @property
+    def stopping(self) -> bool:
+        return stop.requested or self.finished_by_callback
+
+    def __enter__(self) -> Run:
+        trainer = self.trainer
+        stop.__enter__()
+        try:
+            self.log = RunLog(
+                self.folder,
+                tensorboard=self.config.tensorboard and self.folder is not None,
+                wandb=self.config.wandb,
+                config=trainer.saved_config(),
+                resume_records=trainer.marks["records"],
+                resume_eval_records=trainer.marks["eval_records"],
+                resume_step=trainer.clock,
+            )
+            self._began, self._began_at = time.monotonic(), trainer.clock
+            if self._progress:
+                self._progress.start()
+            if trainer.marks["eval"] < 0:
+                self._evaluate()
+        except BaseException:
+            stop.__exit__(None, None, None)
+            raise
+        return self
+
+    def after_collect(self) -> None:
+        """Give the callback its turn."""
+        if self.callback is not None and self.callback(self.trainer) is False:
+            self.finished_by_callback = True
+
+    def tick(self) -> None:
+        """Whatever is due at the trainer's clock."""
+        if self._due("log", self.config.log_every):
+            self._write_metrics()
+        if self._due("eval", self.config.eval_every):
+            self._evaluate()
+        if self._due("checkpoint", self.config.checkpoint_every) and self.folder is not None:
+            self._checkpoint(last=False)
+        if self._progress:
+            self._progress.update(self.trainer.clock)
+
+    def _due(self, what: str, every: int) -> bool:
+        """True once in each multiple of `every` that the clock has reached."""
+        mark = self.trainer.clock // every
+        due = mark > self.trainer.marks[what]
+        if due:
+            self.trainer.marks[what] = mark
+        return due
+
+    def _write_metrics(self) -> None:
+        trainer = self.trainer
+        values = trainer.metrics()
+        if not values:
+            return
+        seconds = time.monotonic() - self._began
+        done = trainer.clock - self._began_at
+        values["time/fps"] = done / seconds if seconds > 0 else 0.0
+        values["time/time_elapsed"] = trainer.seconds + seconds
+        values["time/total_timesteps"] = trainer.clock
+        self.log.write(trainer.clock, values)
+        trainer.marks["records"] = self.log.records
+        trainer.marks["logged_at"] = trainer.clock
+        if self._progress:
+            self._progress.show(trainer.clock, values)
+
+    def _evaluate(self) -> None:
+        """Evaluate and record; an evaluation cut short by a signal leaves its mark unset and is done at resume."""
+        trainer = self.trainer
+        if self.folder is None or self.config.eval_episodes == 0 or not trainer.can_evaluate():
+            trainer.marks["eval"] = max(trainer.marks["eval"], trainer.clock // self.config.eval_every)
+            return
+        result = trainer.evaluate(self.config.eval_episodes, should_stop=lambda: stop.requested)
+        if result is None:
+            trainer.marks["eval"] = min(trainer.marks["eval"], trainer.clock // self.config.eval_every - 1)
+            return
+        trainer.marks["eval"] = trainer.clock // self.config.eval_every
+        trainer.marks["evaluated_at"] = trainer.clock
+        self.log.write_eval(trainer.clock, result)
+        trainer.marks["eval_records"] = self.log.eval_records
+        if self._progress:
+            self._progress.show(trainer.clock, {k: v for k, v in result.items() if not isinstance(v, list)})
+
+    def _checkpoint(self, last: bool) -> None:
+        """Write a checkpoint; a full disk ends a run only where it would lose the last one."""
+        assert self.folder is not None
+        trainer = self.trainer
+        if self._saved_at == (trainer.clock, trainer.owed):
+            return
+        trainer.seconds += time.monotonic() - self._began
+        self._began, self._began_at = time.monotonic(), trainer.clock
+        try:
+            trainer.write_checkpoint(checkpoint.checkpoint_folder(self.folder, trainer.clock))
+        except OSError as error:
+            if last:
+                raise RlkitError(f"cannot write the last checkpoint of {self.folder}: {error}") from error
+            self.say(f"cannot write a checkpoint at step {trainer.clock:,} ({error}); training goes on")
+            return
+        self._saved_at = (trainer.clock, trainer.owed)
+        warning = checkpoint.prune(self.folder, self.config.keep_checkpoints)
+        if warning:
+            self.say(warning)
+
+    def say(self, line: str) -> None:
+        """A line for the user, above the progress display where there is one."""
+        if self._progress:
+            self._progress.say(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _finish(self) -> None:
+        """The records and the checkpoint of the end, or of a stop by a signal."""
+        trainer = self.trainer
+        if not stop.requested:
+            if trainer.marks["logged_at"] < trainer.clock:
+                self._write_metrics()
+            if trainer.marks["evaluated_at"] < trainer.clock:
+                self._evaluate()
+        if self.folder is not None:
+            self._checkpoint(last=True)
+        if stop.requested:
+            name = stop.signal.name if stop.signal else "signal"
+            where = (
+                f"checkpoint written; go on with `rlkit resume {self.folder}`" if self.folder else "no run folder, nothing saved"
+            )
+            raise Stopped(f"stopped by {name} at step {trainer.clock:,}: {where}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._progress:
+                self._progress.stop()
+            self.log.close()
+            stop.__exit__(None, None, None)
+
+
+def records(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl` or `eval.jsonl` of a run."""
+    from rlkit.metrics import read_jsonl
+
+    path = folder / name
+    return read_jsonl(path) if path.exists() else []

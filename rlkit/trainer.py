@@ -1,0 +1,444 @@
+"""The loop that every trainer shares, and its state.
+
+An algorithm is a subclass with `build`, `collect` and `update`; the loop alternates between gathering experience and the
+updates owed for it. Its whole state is two numbers (`clock`, `owed`), the named random streams and the parts registered
+by `track`; checkpoints walk that registry, so a run that stops and resumes computes what an uninterrupted one does, bit
+for bit on a CPU, and no algorithm writes saving code.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from rlkit import checkpoint, registry
+from rlkit.buffer import RolloutBuffer
+from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, validate
+from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
+from rlkit.metrics import Meter
+from rlkit.rng import Streams, derive
+from rlkit.run import Callback, Run, open_folder, records, refuse_run
+
+Batch = dict[str, Tensor]
+
+PACKAGES = ("rlkit-trainers", "torch", "numpy", "gymnasium", "mujoco")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of `auto`, `cpu`, `cuda`, `cuda:N`, `mps`.
+
+    Raises:
+        UserError: unknown, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"`device`: got {name!r}; allowed: auto, cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"`device`: {name!r} is not available: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("`device`: 'mps' is not available on this machine")
+    return device
+
+
+class Trainer:
+    """Base of all trainers. A subclass sets the class attributes and defines `build`, `collect` and `update`.
+
+    Attributes:
+        config: the resolved, frozen configuration.
+        clock: experience consumed so far, in units of `counts`.
+        owed: gradient updates due for it before more is gathered.
+        updates: gradient updates made.
+        rng: named random streams (`rng["sample"]`, …); an update receives its noise from them as an argument.
+    """
+
+    Config: ClassVar[type[RunConfig]] = RunConfig
+    name: ClassVar[str] = "trainer"
+    counts: ClassVar[Literal["env_steps", "updates"]] = "env_steps"
+    default_task: ClassVar[Mapping[str, Any]] = {}
+    """Fields, and `steps`, of the embedded task that `rlkit train NAME` runs without further arguments."""
+    default_steps: ClassVar[int] = 100_000
+    """Budget of `rlkit train NAME` where a task but no `--steps` is given."""
+
+    def __init__(self, config: RunConfig, *, saved: Mapping[str, Any] | None = None) -> None:
+        """`saved`: the part `state` of a checkpoint that is about to be loaded."""
+        self.config = config
+        self.folder = Path(config.out) if config.out is not None else None
+        if self.folder is not None:
+            refuse_run(self.folder)
+        self.device = resolve_device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.rng = Streams(config.seed, self.device)
+        self.meter = Meter()
+        self.clock, self.owed, self.updates = 0, 0.0, 0
+        self.target, self.horizon = 0, 0
+        self.seconds = 0.0
+        self.marks = {
+            "log": 0, "eval": -1, "checkpoint": 0, "records": 0, "eval_records": 0, "logged_at": 0, "evaluated_at": -1,
+        }  # fmt: skip
+        self._parts: dict[str, Any] = {}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive(config.seed, "weights"))
+            self.build()
+
+    # What an algorithm defines
+
+    def build(self) -> None:
+        """Make networks, optimisers and buffer, and `track` them."""
+        raise NotImplementedError
+
+    def collect(self) -> int:
+        """Make experience available, add the updates due for it to `owed`; returns the experience consumed."""
+        raise NotImplementedError
+
+    def batch(self) -> Batch:
+        """The data of the next update."""
+        raise NotImplementedError
+
+    def update(self, batch: Batch) -> Mapping[str, Tensor]:
+        """One gradient update; returns metrics as detached scalar tensors, so that nothing waits for the device.
+
+        Entries named `…loss` or `…grad_norm` are guarded: a non-finite one stops the run.
+        """
+        raise NotImplementedError
+
+    def track(self, **parts: Any) -> None:
+        """Register parts of the state; they are also attributes. A part is a module, an optimiser, a buffer, or
+        anything with `state_dict` and `load_state_dict`.
+        """
+        for name, part in parts.items():
+            if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+                raise TypeError(f"{name}: a tracked part needs state_dict and load_state_dict")
+            if isinstance(part, nn.Module):
+                part.to(self.device)
+            self._parts[name] = part
+            setattr(self, name, part)
+
+    # Learning
+
+    def learn(
+        self,
+        total_timesteps: int | None = None,
+        callback: Callback | None = None,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Train for `total_timesteps` more units of `counts`; without it, until the target of a resumed run.
+
+        With several environments the last vector step may pass the target by up to n_envs - 1 steps.
+
+        Args:
+            callback: called as `callback(trainer)` after experience was gathered; False ends the run.
+            progress_bar: show progress on standard output.
+
+        Raises:
+            Stopped: SIGINT or SIGTERM arrived; the state is saved when the trainer has a run folder.
+            DivergenceError: a loss or gradient is not finite; the step was not taken.
+        """
+        if callback is not None and not callable(callback):
+            raise UserError(f"`callback`: expected a function of the trainer, got {callback!r}")
+        if total_timesteps is not None:
+            if total_timesteps < 1 or int(total_timesteps) != total_timesteps:
+                raise UserError(f"`total_timesteps`: got {total_timesteps!r}; allowed: an integer >= 1")
+            self.target = self.clock + int(total_timesteps)
+        self.horizon = self.horizon or self.target
+        if self.folder is not None:
+            open_folder(self.folder, dump_yaml(self.saved_config()))
+        self.before_learning()
+        with Run(self, self.folder, progress=progress_bar, callback=callback) as run:
+            while not run.stopping and (self.clock < self.target or self.owed >= 1):
+                if self.owed < 1:
+                    self.clock += self.collect()
+                    run.after_collect()
+                else:
+                    batch = self.batch()
+                    metrics = self.update(batch)
+                    self.owed -= 1
+                    self.updates += 1
+                    self.meter.accumulate(metrics)
+                    if self.device.type == "cpu":  # elsewhere reading a value would wait for the device
+                        self._guard(metrics, batch)
+                    if self.counts == "updates":
+                        self.clock += 1
+                run.tick()
+        return self
+
+    def before_learning(self) -> None:
+        """Whatever has to be open before the loop, such as environments."""
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the horizon behind us, in [0, 1]; the horizon is the first target and outlives extensions."""
+        return min(1.0, self.clock / self.horizon) if self.horizon else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last record, for the log."""
+        values = self.meter.means()
+        self._guard(values, {})
+        return values
+
+    def _guard(self, metrics: Mapping[str, Tensor | float], batch: Batch) -> None:
+        for name, value in metrics.items():
+            if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
+                where = ""
+                if self.folder is not None and batch:
+                    dump = self.folder / f"diverged-step-{self.clock:010d}"
+                    checkpoint.save(dump, {"batch": dict(batch)}, about={"metric": name})
+                    where = f"; the batch is in {dump}"
+                raise DivergenceError(
+                    f"{name} is {float(value)} at update {self.updates:,} (step {self.clock:,}); the optimiser step was "
+                    f"not taken{where}. A smaller `learning_rate` or rewards of order 1 usually help."
+                )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward passes under the configured precision."""
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def describe(self) -> str:
+        """A line for the user before learning: what runs where."""
+        return f"{self.name}: device {self.device}, {self.config.precision}, seed {self.config.seed}, folder {self.folder}"
+
+    def summary(self) -> list[str]:
+        """Lines for the user after learning: the evaluation before and after, and where the results are."""
+        lines = []
+        if self.folder is not None:
+            evaluations = records(self.folder, "eval.jsonl")
+            for label, record in zip(("before", "after"), (evaluations[:1], evaluations[-1:]), strict=True):
+                lines += [f"evaluation {label} (step {r['step']:,}): {self.describe_evaluation(r)}" for r in record]
+            lines.append(f"run folder: {self.folder}")
+        return lines
+
+    def describe_evaluation(self, record: Mapping[str, Any]) -> str:
+        """An evaluation's record in words."""
+        return ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float))
+
+    @property
+    def finished(self) -> bool:
+        """Whether a resumed run has nothing left to do."""
+        evaluated = self.marks["evaluated_at"] == self.clock or self.config.eval_episodes == 0
+        return self.clock >= self.target and self.owed < 1 and (evaluated or not self.can_evaluate())
+
+    # Evaluation
+
+    def can_evaluate(self) -> bool:
+        """Whether `evaluate` has what it needs."""
+        return False
+
+    def evaluate(
+        self, episodes: int, *, seed: int | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any] | None:
+        """A record for `eval.jsonl`; None when `should_stop` interrupted it. Changes nothing in the trainer."""
+        raise NotImplementedError
+
+    # State
+
+    def saved_config(self) -> dict[str, Any]:
+        """What `config.yaml` holds: it re-runs the run. The folder itself is left out, so that a run can be moved."""
+        fields = to_dict(self.config)
+        fields.pop("out")
+        return {"trainer": self.name, "steps": self.target, **fields}
+
+    def state(self) -> dict[str, Any]:
+        """The whole state by file: modules in `policy`, optimisers in `optimizer`, the buffer in `buffer`, the rest in
+        `state`.
+        """
+        loop = {k: getattr(self, k) for k in ("clock", "owed", "updates", "target", "horizon")}
+        files: dict[str, Any] = {
+            "policy": {},
+            "optimizer": {},
+            "buffer": {},
+            "state": {"loop": loop, "marks": dict(self.marks), "rng": self.rng.state_dict(), "meter": self.meter.state_dict()},
+        }
+        for name, part in self._parts.items():
+            files[_file_of(part)][name] = part.state_dict()
+        return files
+
+    def load_state(self, files: Mapping[str, Any]) -> None:
+        """The inverse of `state`; files that are absent (a load for inference) leave their parts as they are."""
+        for name, part in self._parts.items():
+            file = _file_of(part)
+            if file not in files:
+                continue
+            if name not in files[file]:
+                raise CheckpointError(f"the checkpoint has no `{name}` in its file `{file}`")
+            try:
+                part.load_state_dict(files[file][name])
+            except (RuntimeError, KeyError, ValueError, TypeError) as error:
+                raise CheckpointError(f"`{name}` of the checkpoint does not fit: {error}") from error
+        state = files["state"]
+        for key, value in state["loop"].items():
+            setattr(self, key, value)
+        self.marks = dict(state["marks"])
+        self.rng.load_state_dict(state["rng"])
+        self.meter.load_state_dict(state["meter"])
+
+    def write_checkpoint(self, folder: Path) -> Path:
+        """The state and the configuration as a checkpoint folder."""
+        about = {
+            "trainer": self.name,
+            "step": self.clock,
+            "seconds": self.seconds,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return checkpoint.save(folder, {**self.state(), "config.yaml": dump_yaml(self.saved_config())}, about=about)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write everything needed to predict or to go on learning into `folder` (a trailing `.zip` is dropped).
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        path = Path(str(folder).removesuffix(".zip"))
+        if path.exists() and not (path / "manifest.json").exists() and (path.is_file() or any(path.iterdir())):
+            raise UserError(f"{path} holds something else; choose a new folder")
+        return self.write_checkpoint(path)
+
+    @classmethod
+    def make_config(cls, fields: Mapping[str, Any], source: str = "") -> Any:
+        """The configuration of explicit `fields` over the defaults (and over presets, where a family has them)."""
+        return validate(cls.Config, fields, source)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, inference: bool = False, allow_changes: bool = False, **given: Any) -> Self:
+        """A trainer from a run folder, a checkpoint or a saved folder.
+
+        Args:
+            inference: load what `predict` and `evaluate` need, without buffer and optimisers.
+            allow_changes: let `given` fields differ from the saved ones.
+            given: fields to use instead of the saved ones, and objects such as `env` that no file can hold.
+
+        Raises:
+            UserError: another trainer's folder, or fields that differ.
+            CheckpointError: nothing complete to load.
+        """
+        path, _, messages = checkpoint.resolve(Path(folder))
+        for message in messages:
+            print(message, file=sys.stderr)
+        return cls._from_checkpoint(path, inference=inference, allow_changes=allow_changes, **given)
+
+    @classmethod
+    def _from_checkpoint(cls, path: Path, *, inference: bool = False, allow_changes: bool = False, **given: Any) -> Self:
+        files, about = checkpoint.load(path, {"policy", "state", "config.yaml"} if inference else None)
+        saved = yaml.safe_load(files["config.yaml"])
+        saved.pop("steps", None)
+        trainer = saved.pop("trainer", None)
+        if trainer != cls.name:
+            raise UserError(f"{path} was saved by `{trainer}`, not by `{cls.name}`; rlkit.load finds the class itself")
+        objects = {k: given.pop(k) for k in list(given) if cls.is_object(k, given[k])}
+        out = given.pop("out", None)
+        changed = differences({k: saved.get(k) for k in given}, to_dict_values(given))
+        if changed and not allow_changes:
+            raise UserError(f"these differ from {path}:\n{changed}\nUse `allow_changes=True` to go on with the given ones.")
+        config = cls.make_config({**merge(saved, given), "out": None}, source=str(path / "config.yaml"))
+        self = cls(config=config, saved=files["state"], **objects)  # type: ignore[call-arg]
+        self.load_state(files)
+        self.seconds = float(about.get("seconds", 0.0))
+        self.folder = Path(out) if out is not None else None
+        if not inference:
+            _tell_versions(about)
+        return self
+
+    @classmethod
+    def is_object(cls, key: str, value: Any) -> bool:
+        """Whether a keyword is a Python object that belongs to the constructor rather than to the configuration."""
+        return False
+
+
+def to_dict_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Given fields as they would stand in a file: tuples as lists, dataclasses as mappings."""
+    return yaml.safe_load(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}))
+
+
+def _file_of(part: Any) -> str:
+    if isinstance(part, nn.Module):
+        return "policy"
+    if isinstance(part, torch.optim.Optimizer):
+        return "optimizer"
+    return "buffer" if isinstance(part, RolloutBuffer) else "state"
+
+
+def _tell_versions(about: Mapping[str, Any]) -> None:
+    changed = differences(about.get("versions", {}), versions())
+    if changed:
+        print(f"versions differ from the checkpoint's, so equal numbers are not promised:\n{changed}", file=sys.stderr)
+    elif about.get("threads") not in (None, torch.get_num_threads()):
+        print(
+            f"the checkpoint was made with {about['threads']} threads, this run has {torch.get_num_threads()}: equal "
+            "numbers are not promised (set `threads`)",
+            file=sys.stderr,
+        )
+
+
+def load(folder: str | Path, **given: Any) -> Trainer:
+    """`Trainer.load` of the class that the folder names (one that `rlkit list` shows)."""
+    path, _, messages = checkpoint.resolve(Path(folder))
+    for message in messages:
+        print(message, file=sys.stderr)
+    return registry.get(trainer_name(path))._from_checkpoint(path, **given)
+
+
+def trainer_name(folder: Path) -> str:
+    """The registry name in a run's or checkpoint's `config.yaml`."""
+    name = load_file(folder / "config.yaml").get("trainer")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{folder / 'config.yaml'} names no trainer")
+    return name
+
+
+def resume(run: str | Path, *, allow_changes: bool = False, **given: Any) -> Trainer:
+    """The trainer of an interrupted run, attached to its folder: `resume(run).learn()` finishes it.
+
+    A run without a complete checkpoint starts afresh, and says so.
+
+    Raises:
+        UserError: no run there, or its `config.yaml` or `given` fields differ from the checkpoint's.
+    """
+    folder = Path(run)
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    cls = registry.get(trainer_name(folder))
+    edited = load_file(folder / "config.yaml")
+    steps = edited.pop("steps", 0)
+    edited.pop("trainer")
+    if not checkpoint.has_checkpoints(folder):
+        print(f"{folder} has no checkpoint yet: starting afresh", file=sys.stderr)
+        return _afresh(cls, folder, edited, steps, given)
+    path, messages = checkpoint.newest(folder)
+    for message in messages:
+        print(message, file=sys.stderr)
+    return cls._from_checkpoint(path, allow_changes=allow_changes, out=folder, **{**edited, **given})
+
+
+def _afresh(cls: type[Trainer], folder: Path, fields: dict[str, Any], steps: int, given: dict[str, Any]) -> Trainer:
+    objects = {k: given.pop(k) for k in list(given) if cls.is_object(k, given[k])}
+    trainer = cls(config=cls.make_config({**fields, **given, "out": None}), **objects)  # type: ignore[call-arg]
+    trainer.folder, trainer.target = folder, steps
+    return trainer
