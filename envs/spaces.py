@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from rlkit.errors import CheckpointError, UserError
 
 MAX_DEPTH = 8  # of nested `Dict` spaces in a file
+DTYPES = frozenset(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)) | {
+    f"float{bits}" for bits in (16, 32, 64)
+}
 
 
 def flat_space(space: Space[Any], name: str = "observation") -> Box:
@@ -63,10 +66,10 @@ def flatten_obs(space: Space[Any], obs: Any, n: int | None = None) -> NDArray[An
         dtype = np.result_type(*(part.dtype for part in parts))
         return np.concatenate(parts, axis=-1, dtype=dtype, casting="unsafe")
     array = np.asarray(obs, dtype=space.dtype)
-    expected = space.shape if n is None else (n, *space.shape)  # type: ignore[misc]
+    expected = space.shape if n is None else (n, *space.shape)
     if array.shape != expected:
         raise ValueError(f"the observation has shape {array.shape}, its space declares {expected}")
-    if len(space.shape) == 1:  # type: ignore[arg-type]
+    if len(space.shape) == 1:
         return array
     return array.reshape(-1) if n is None else array.reshape(n, -1)
 
@@ -112,6 +115,7 @@ class ActionScale:
         # In float64: high - low of a float32 box may overflow.
         low, high = self.low.astype(np.float64), self.high.astype(np.float64)
         self._middle, self._half = ((low + high) / 2).astype(space.dtype), ((high - low) / 2).astype(space.dtype)
+        self._vector = len(space.shape) == 1
         self._identity = bool(np.all(self._middle == 0) and np.all(self._half == 1))
 
     def to_env(self, action: NDArray[Any]) -> NDArray[Any]:
@@ -121,8 +125,9 @@ class ActionScale:
             scaled *= self._half
             scaled += self._middle
         # The sum above may round to just outside of the bounds, and many environments check them.
-        np.minimum(np.maximum(scaled, self.low, out=scaled), self.high, out=scaled)
-        return scaled.reshape(*action.shape[:-1], *self.space.shape)
+        np.maximum(scaled, self.low, out=scaled)
+        np.minimum(scaled, self.high, out=scaled)
+        return scaled if self._vector else scaled.reshape(*action.shape[:-1], *self.space.shape)
 
     def from_env(self, action: NDArray[Any]) -> NDArray[np.float32]:
         """([n,] *space.shape) -> ([n,] dim) float32 in [-1, 1]; 0 where the bounds coincide."""
@@ -130,7 +135,8 @@ class ActionScale:
         flat = action.reshape(*batch, self.dim).astype(np.float64)
         half = self._half.astype(np.float64)
         unit = np.divide(flat - self._middle, half, out=np.zeros_like(flat), where=half > 0)
-        return np.clip(unit, -1.0, 1.0).astype(np.float32)
+        result: NDArray[np.float32] = np.clip(unit, -1.0, 1.0).astype(np.float32)
+        return result
 
 
 def _check_box_actions(space: Box, subject: str) -> None:
@@ -244,10 +250,10 @@ def _box_from_json(data: Mapping[str, Any], path: str) -> Box:
 
 def _dtype(data: Any, path: str, kinds: str) -> np.dtype[Any]:
     name = _field(data, path, "dtype", str)
-    allowed = [t.__name__ for kind in kinds for t in np.sctypeDict.values() if np.dtype(t).kind == kind]
-    if name not in allowed:
+    if name not in DTYPES or np.dtype(name).kind not in kinds:
         raise CheckpointError(f"{path}.dtype: `{name[:60]}` is not a dtype of this space")
-    return np.dtype(name)
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
 
 
 def _field(data: Any, path: str, key: str, kind: type) -> Any:

@@ -11,6 +11,7 @@ exception, a wrong return value, and, where the system has interval timers, a ca
 
 from __future__ import annotations
 
+import _signal
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,7 @@ class Hang(BaseException):
 
 _armed = False
 _outer_handler: Any = None
+_ALARM = int(getattr(signal, "SIGALRM", 0))  # plain ints and `_signal`: the enums of `signal` cost more than the alarm
 
 
 def with_deadline(seconds: float, function: Callable[..., T], *args: Any) -> T:
@@ -50,12 +52,12 @@ def with_deadline(seconds: float, function: Callable[..., T], *args: Any) -> T:
     An alarm that was set before is set again afterwards, and one that is due earlier stays in charge.
     """
     global _armed, _outer_handler
-    if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if not seconds or not _ALARM or threading.get_ident() != threading.main_thread().ident:
         return function(*args)
-    handler = signal.getsignal(signal.SIGALRM)
+    handler = _signal.getsignal(_ALARM)
     if handler is not _on_alarm:
         _outer_handler = handler
-        signal.signal(signal.SIGALRM, _on_alarm)
+        signal.signal(_ALARM, _on_alarm)
     remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     if 0 < remaining <= seconds:
         signal.setitimer(signal.ITIMER_REAL, remaining, interval)
@@ -115,6 +117,7 @@ class TrackedEnv(gym.Wrapper):
         self.steps = 0  # of the whole run
         self._actions: NDArray[Any] = np.empty((64, *self.action_space.shape), self.action_space.dtype)
         self._pending: Mapping[str, Any] | None = None
+        self._report: dict[str, Any] | None = None
         self._replayed = 0
         self._last: Any = None
         self._start(None)
@@ -205,7 +208,7 @@ class TrackedEnv(gym.Wrapper):
     @replay_state.setter
     def replay_state(self, state: Mapping[str, Any]) -> None:
         """Begin to restore; `state` is a `replay_state` with `next_seed`, for the episode to begin if that fails."""
-        self._pending, self._replayed = state, -1
+        self._pending, self._report, self._replayed = state, None, -1
 
     def continue_replay(self, seconds: float) -> dict[str, Any] | None:
         """Go on restoring for about `seconds`; None while there is more to do.
@@ -215,18 +218,19 @@ class TrackedEnv(gym.Wrapper):
             (empty if it was, bit for bit; otherwise a new episode has begun).
         """
         if self._pending is None:
-            raise EnvError(f"environment {self.index}: no state to restore was given")
+            return self._report
         state, end = self._pending, time.monotonic() + seconds
         try:
             problem = self._replay(state, end)
         except Exception as error:
-            problem = f"replaying its episode raised {str(error).splitlines()[0] if str(error) else repr(error)}"
+            problem = f"replaying its episode raised: {str(error).partition(chr(10))[0] or repr(error)}"
         if problem is None:
             return None
         if problem:
             self.reset(seed=state["next_seed"])
         self._pending, self.steps = None, int(state["steps"])
-        return {"obs": self._obs, "problem": problem}
+        self._report = {"obs": self._obs, "problem": problem}
+        return self._report
 
     def _replay(self, state: Mapping[str, Any], end: float) -> str | None:
         if state["seed"] is None:
@@ -250,8 +254,7 @@ class TrackedEnv(gym.Wrapper):
             if time.monotonic() > end and self._replayed < len(actions):
                 return None
         obs = state["obs"]
-        assert self._obs is not None
-        if self._obs.dtype != obs.dtype or self._obs.tobytes() != obs.tobytes():
+        if self._obs is None or self._obs.dtype != obs.dtype or self._obs.tobytes() != obs.tobytes():
             return "the replayed observation differs"
         if np.float64(self._return).tobytes() != np.float64(state["return"]).tobytes():
             return "the replayed rewards differ"
@@ -334,4 +337,9 @@ def _become_worker() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

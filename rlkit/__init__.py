@@ -49,8 +49,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    from rlkit import registry
-
+    registry = importlib.import_module("rlkit.registry")  # `from rlkit import` would come back here
     names = registry.class_names()
     if name in names:
         return registry.get(names[name])

@@ -21,9 +21,9 @@ or `clear` is called, and small index buffers can refer to the rows of a large o
 
 The buffer gives none of these names a meaning: returns, advantages and selections are functions of columns elsewhere.
 
-Size is checked before anything is allocated, against what the machine and its control group leave free, because the
-storage of a ring is committed page by page and would otherwise be killed hours into a run. `RLKIT_MEMORY_LIMIT` (bytes)
-replaces what was found.
+Size is checked before anything is allocated, against what the machine and its control groups leave free: the pages of a
+ring are committed only when they are first written, so a process with too large a one would be killed hours into its
+run. `RLKIT_MEMORY_LIMIT` (bytes) replaces what was found.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ class RolloutBuffer:
         `columns` holds those declared and `written` those written whole; of a ragged one all values in a row, with its
         lengths under `lengths`. The tensors are views: save or copy them before the next `add`.
         """
-        state: dict[str, Any] = {"capacity": self.capacity or 0, "size": self._size, "next": self._next}
+        state: dict[str, Any] = {"capacity": self.capacity or 0, "size": self._size, "position": self._next}
         state |= {"columns": {}, "written": {}, "lengths": {}}
         for name, column in self._columns.items():
             state["columns" if name in self._declared else "written"][name] = column.values(self._size)
@@ -314,23 +314,26 @@ class RolloutBuffer:
             CheckpointError: `state` has another capacity or other columns than this buffer was declared with, which the
                 message lists, or is damaged; the buffer is unchanged then.
         """
-        absent = [key for key in ("capacity", "size", "next", "columns", "written", "lengths") if key not in state]
+        absent = [key for key in ("capacity", "size", "position", "columns") if key not in state]
         if absent:
             raise CheckpointError(f"the buffer's state lacks {', '.join(f'`{key}`' for key in absent)}")
-        lengths, size = state["lengths"], int(state["size"])
-        saved = {name: _saved_field(value, name in lengths) for name, value in state["columns"].items()}
-        written = {name: _saved_field(value, name in lengths) for name, value in state["written"].items()}
+        size, position = int(state["size"]), int(state["position"])
+        lengths = state.get("lengths", {})  # empty groups may have been dropped on the way to a file
+        tensors = {**state["columns"], **state.get("written", {})}
+        saved, written = (
+            {name: _saved_field(tensor, name in lengths) for name, tensor in state.get(group, {}).items()}
+            for group in ("columns", "written")
+        )
         table = differences(_summary(int(state["capacity"]), saved), _summary(self.capacity or 0, self._declared))
         if table:
             raise CheckpointError(f"the saved buffer is not like this one:\n{table}")
-        tensors = {**state["columns"], **state["written"]}
         for name, tensor in tensors.items():
             rows = len(lengths[name]) if name in lengths else len(tensor)
             if rows != size or (name in lengths and int(lengths[name].sum()) != len(tensor)):
                 raise CheckpointError(f"the saved buffer is damaged: column `{name}` has not the {size} rows it should")
-        place, full = int(state["next"]), size == self.capacity
-        if size > (self.capacity or size) or not (0 <= place < size if full else place == size >= 0):
-            raise CheckpointError(f"the saved buffer is damaged: {size} rows, and the next one at {place}")
+        full = size == self.capacity
+        if size > (self.capacity or size) or not (0 <= position < size if full else position == size):
+            raise CheckpointError(f"the saved buffer is damaged: {size} rows, and the next one at {position}")
 
         self._reserve(size)
         self.clear()
@@ -342,7 +345,7 @@ class RolloutBuffer:
             value = column.loaded(tensor, lengths.get(name))
             column.reserve(0, value)
             column.write(0, value)
-        self._size, self._next = size, place
+        self._size, self._next = size, position
 
     # Memory
 
@@ -412,7 +415,7 @@ class _Dense:
 
     def accept(self, value: Any) -> tuple[Any, int]:
         """`value` as `write` takes it, and its number of rows."""
-        if not isinstance(value, (np.ndarray, torch.Tensor)):  # noqa: UP038  # a tuple: this is a hot path
+        if not isinstance(value, (np.ndarray, torch.Tensor)):  # a tuple: this is a hot path
             raise self._refusal(type(value).__name__)
         shape = value.shape
         if len(shape) != self.ndim or shape[1:] != self.shape:
@@ -510,7 +513,8 @@ class _Ragged:
         place = torch.arange(longest, device=ids.device)  # (L,)
         beyond = place >= lengths[:, None]  # (B, L)
         places = (self.starts.gather(ids)[:, None] + place).masked_fill_(beyond, 0)
-        return self.flat.gather(places.flatten()).view(places.shape).masked_fill_(beyond, 0), lengths
+        values = self.flat.gather(places.flatten()).view(places.shape)
+        return torch.where(beyond, values.new_zeros(()), values), lengths  # masked_fill lacks uint16
 
 
 def _column(name: str, field: Field | Ragged, device: torch.device) -> _Dense | _Ragged:
@@ -525,7 +529,7 @@ def _checked(
         raise UserError(f"column names are non-empty strings, found {name!r}")
     if not isinstance(field, Field | Ragged) or not isinstance(field.dtype, torch.dtype):
         raise UserError(f"column `{name}`: expected a Field or Ragged with a torch dtype (`dtype_of`), found {field!r}")
-    if isinstance(field, Field) and not (isinstance(field.shape, tuple) and all(type(n) is int for n in field.shape)):
+    if isinstance(field, Field) and not _is_shape(field.shape):
         raise UserError(f"column `{name}`: expected a shape like () or (17,), found {field.shape!r}")
     if isinstance(field, Ragged) and capacity is not None:
         raise UserError(f"column `{name}`: a ragged column needs a buffer that grows, capacity None, not {capacity:,}")
@@ -533,6 +537,10 @@ def _checked(
     if {ragged, ragged + LENGTH} <= {name, *fields} and isinstance({**fields, name: field}[ragged], Ragged):
         raise UserError(f"column `{ragged}{LENGTH}`: `rows` returns the lengths of `{ragged}` under this name")
     return field
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)
 
 
 def _inferred(name: str, values: Any) -> Field | Ragged:
@@ -590,9 +598,7 @@ def _cast(name: str, value: Values, dtype: torch.dtype, numpy_dtype: np.dtype | 
             array = value.numpy(force=True) if isinstance(value, torch.Tensor) else value
             for bound in (int(array.min()), int(array.max())):
                 if not torch.iinfo(dtype).min <= bound <= torch.iinfo(dtype).max:
-                    raise UserError(
-                        f"column `{name}`: expected {_name(dtype)}, found {bound}, which is out of its range"
-                    )
+                    raise UserError(f"column `{name}`: expected {_name(dtype)}, found {bound}, which is out of range")
     if isinstance(value, torch.Tensor):
         value = value.detach() if found == dtype else value.detach().to(dtype)
         return value if numpy_dtype is None else value.numpy(force=True)

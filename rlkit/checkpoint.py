@@ -144,7 +144,7 @@ def _encode_array(value: np.ndarray, path: tuple[str, ...], tensors: dict[str, t
         array = array.copy()
     try:
         return _reference("$array", torch.from_numpy(array), path, tensors)
-    except TypeError:  # text, times, foreign byte order, long double: their bytes
+    except (TypeError, ValueError):  # text, times, foreign byte order, long double: their bytes
         raw = torch.from_numpy(np.frombuffer(bytearray(array.tobytes()), np.uint8))
         return {**_reference("$array", raw, path, tensors), "dtype": array.dtype.str, "shape": list(array.shape)}
 
@@ -314,7 +314,9 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        yield tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        tensor = tensors[name].cpu().contiguous()
+        flat = tensor.as_strided((tensor.numel(),), (1,))  # `view` minds the stride even of a single element
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _write(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:

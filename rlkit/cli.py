@@ -156,7 +156,9 @@ def resume(args: Sequence[str]) -> int:
         trainer = resume_run(given.run, allow_changes=given.allow_changes)
         if given.steps is not None:
             if given.steps <= trainer.clock:
-                raise UserError(f"--steps {given.steps:,}: the run is at {trainer.clock:,} already; give a larger total")
+                raise UserError(
+                    f"--steps {given.steps:,}: the run is at {trainer.clock:,} already; give a larger total"
+                )
             trainer.target = given.steps
             if trainer.horizon and given.steps > trainer.horizon:
                 print(f"schedules keep the horizon they started with, {trainer.horizon:,} steps")
@@ -188,8 +190,12 @@ def evaluate(args: Sequence[str]) -> int:
         "episodes": given.episodes,
         "returns": values["returns"],
     }
-    interval = f"95 % interval {result['ci95'][0]:.1f} to {result['ci95'][1]:.1f}" if given.episodes > 1 else "no interval"
-    print(f"return {result['mean']:.1f} ± {result['std']:.1f} over {given.episodes} episodes (n={given.episodes}, {interval})")
+    interval = (
+        f"95 % interval {result['ci95'][0]:.1f} to {result['ci95'][1]:.1f}" if given.episodes > 1 else "no interval"
+    )
+    print(
+        f"return {result['mean']:.1f} ± {result['std']:.1f} over {given.episodes} episodes (n={given.episodes}, {interval})"
+    )
     if given.json:
         print(json.dumps(_no_nan(result)))
     return 0
@@ -230,7 +236,12 @@ def bench(args: Sequence[str]) -> int:
         raise UserError("benchmarks are part of a checkout, and this is an installed copy: clone the repository")
     import subprocess
 
-    command = [sys.executable, str(script), *([given.suite] if given.suite else []), *(["--quick"] if given.quick else [])]
+    command = [
+        sys.executable,
+        str(script),
+        *([given.suite] if given.suite else []),
+        *(["--quick"] if given.quick else []),
+    ]
     return subprocess.run(command, check=False, cwd=root).returncode
 
 

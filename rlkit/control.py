@@ -152,7 +152,9 @@ class ControlTrainer(Trainer):
             self.observation_space = space_from_json(saved["spaces"]["observation"])
             self.action_space = space_from_json(saved["spaces"]["action"])
         elif self._spec is None:
-            raise UserError(f"`env`: {self.name} needs an environment: a gymnasium id such as `Pendulum-v1`, or an object")
+            raise UserError(
+                f"`env`: {self.name} needs an environment: a gymnasium id such as `Pendulum-v1`, or an object"
+            )
         else:
             self.observation_space = self.env.raw_observation_space
             self.action_space = self.env.action_space
@@ -396,7 +398,7 @@ class ControlTrainer(Trainer):
             return self._eval_env
         if self._adapter is not None:
             return self._adapter.make_single
-        return envs.make_single(self._spec, self._config_for_env.env_kwargs) if self._spec is not None else None
+        return envs.single(self._spec, self._config_for_env.env_kwargs) if isinstance(self._spec, str) else None
 
     def can_evaluate(self) -> bool:
         return self.make_eval_env() is not None
@@ -408,9 +410,7 @@ class ControlTrainer(Trainer):
         if make_env is None:
             raise UserError("evaluation needs an environment of its own: pass `eval_env=` (a function that makes one)")
         self._set_training(False)
-        result = evaluate(
-            self, make_env, episodes, self.config.seed if seed is None else seed, should_stop=should_stop
-        )
+        result = evaluate(self, make_env, episodes, self.config.seed if seed is None else seed, should_stop=should_stop)
         self._set_training(True)
         return None if result is None else {**result.record(), "eval/returns": result.returns}
 
@@ -446,7 +446,10 @@ class ControlTrainer(Trainer):
         files = super().state()
         adapter_state = self._adapter.state_dict() if self._adapter is not None else self._pending_env_state
         files["state"] |= {
-            "spaces": {"observation": space_to_json(self.observation_space), "action": space_to_json(self.action_space)},
+            "spaces": {
+                "observation": space_to_json(self.observation_space),
+                "action": space_to_json(self.action_space),
+            },
             "env": adapter_state,
             "reward": self.reward.state_dict(),
             "n_step": self.n_step.state_dict(),
@@ -487,7 +490,9 @@ def _leaf(space: gym.Space, observation: Any) -> tuple[np.ndarray, tuple[int, ..
     while isinstance(space, gym.spaces.Dict):
         key = next(iter(space.spaces))
         if not isinstance(observation, Mapping) or key not in observation:
-            raise UserError(f"observation: expected a mapping with {', '.join(space.spaces)}, got {type(observation).__name__}")
+            raise UserError(
+                f"observation: expected a mapping with {', '.join(space.spaces)}, got {type(observation).__name__}"
+            )
         space, observation = space.spaces[key], observation[key]
     return np.asarray(observation), tuple(space.shape or ())
 

@@ -132,7 +132,9 @@ def _run(
             try:
                 obs, reward, terminated, truncated, info = env.step(action)
             except Exception as error:
-                raise EnvError(f"evaluation episode {index}, step {lengths[index]}: {error} (action {action})") from error
+                raise EnvError(
+                    f"evaluation episode {index}, step {lengths[index]}: {error} (action {action})"
+                ) from error
             returns[index] += float(reward)
             lengths[index] += 1
             slot: tuple[int, gym.Env, Any] | None = (index, env, obs)

@@ -196,7 +196,9 @@ class Run:
         if stop.requested:
             name = stop.signal.name if stop.signal else "signal"
             where = (
-                f"checkpoint written; go on with `rlkit resume {self.folder}`" if self.folder else "no run folder, nothing saved"
+                f"checkpoint written; go on with `rlkit resume {self.folder}`"
+                if self.folder
+                else "no run folder, nothing saved"
             )
             raise Stopped(f"stopped by {name} at step {trainer.clock:,}: {where}")
 

@@ -59,7 +59,9 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"`device`: got {name!r}; allowed: auto, cpu, cuda, cuda:N, mps") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"`device`: {name!r} is not available: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        raise UserError(
+            f"`device`: {name!r} is not available: this PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("`device`: 'mps' is not available on this machine")
     return device
@@ -222,7 +224,9 @@ class Trainer:
 
     def describe(self) -> str:
         """A line for the user before learning: what runs where."""
-        return f"{self.name}: device {self.device}, {self.config.precision}, seed {self.config.seed}, folder {self.folder}"
+        return (
+            f"{self.name}: device {self.device}, {self.config.precision}, seed {self.config.seed}, folder {self.folder}"
+        )
 
     def summary(self) -> list[str]:
         """Lines for the user after learning: the evaluation before and after, and where the results are."""
@@ -273,7 +277,12 @@ class Trainer:
             "policy": {},
             "optimizer": {},
             "buffer": {},
-            "state": {"loop": loop, "marks": dict(self.marks), "rng": self.rng.state_dict(), "meter": self.meter.state_dict()},
+            "state": {
+                "loop": loop,
+                "marks": dict(self.marks),
+                "rng": self.rng.state_dict(),
+                "meter": self.meter.state_dict(),
+            },
         }
         for name, part in self._parts.items():
             files[_file_of(part)][name] = part.state_dict()
@@ -345,7 +354,9 @@ class Trainer:
         return cls._from_checkpoint(path, inference=inference, allow_changes=allow_changes, **given)
 
     @classmethod
-    def _from_checkpoint(cls, path: Path, *, inference: bool = False, allow_changes: bool = False, **given: Any) -> Self:
+    def _from_checkpoint(
+        cls, path: Path, *, inference: bool = False, allow_changes: bool = False, **given: Any
+    ) -> Self:
         files, about = checkpoint.load(path, {"policy", "state", "config.yaml"} if inference else None)
         saved = yaml.safe_load(files["config.yaml"])
         saved.pop("steps", None)
@@ -356,7 +367,9 @@ class Trainer:
         out = given.pop("out", None)
         changed = differences({k: saved.get(k) for k in given}, to_dict_values(given))
         if changed and not allow_changes:
-            raise UserError(f"these differ from {path}:\n{changed}\nUse `allow_changes=True` to go on with the given ones.")
+            raise UserError(
+                f"these differ from {path}:\n{changed}\nUse `allow_changes=True` to go on with the given ones."
+            )
         config = cls.make_config({**merge(saved, given), "out": None}, source=str(path / "config.yaml"))
         self = cls(config=config, saved=files["state"], **objects)  # type: ignore[call-arg]
         self.load_state(files)
@@ -434,7 +447,9 @@ def resume(run: str | Path, *, allow_changes: bool = False, **given: Any) -> Tra
     path, messages = checkpoint.newest(folder)
     for message in messages:
         print(message, file=sys.stderr)
-    return cls._from_checkpoint(path, allow_changes=allow_changes, out=folder, **{**edited, **given})
+    trainer = cls._from_checkpoint(path, allow_changes=allow_changes, out=folder, **{**edited, **given})
+    trainer.target = steps or trainer.target  # a raised total may be younger than the checkpoint
+    return trainer
 
 
 def _afresh(cls: type[Trainer], folder: Path, fields: dict[str, Any], steps: int, given: dict[str, Any]) -> Trainer:

@@ -1,0 +1,55 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv and install into it.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO_STEPS ?= 10000
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint types bench clean
+
+help:
+	@echo "make demo       train SAC on HalfCheetah-v5 for about two minutes and draw its learning curve"
+	@echo "make test       lint, type check and test (about ten minutes on two cores)"
+	@echo "make test-slow  the tests marked slow: learning, and fifty kills"
+	@echo "make lint types the checks alone"
+	@echo "make bench      the benchmarks against Stable-Baselines3 (hours; see benchmarks/README.md)"
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rlkit needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing rlkit and what it needs into $(VENV) (a few minutes, once)"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/ready
+
+demo: install
+	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
+	$(BIN)/rlkit train sac --env HalfCheetah-v5 --steps $(DEMO_STEPS) --seed 0 \
+	    --eval_every 2000 --log_every 1000 --eval_episodes 5 --out $$run && \
+	echo "learning curve: $$($(BIN)/rlkit plot $$run)"
+
+test: lint types
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On an installed copy: in the checkout, mypy would see only what lies under rlkit/.
+types: install
+	@rm -rf build/typed && mkdir -p build/typed
+	$(PIP) --no-deps --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p rlkit
+
+bench: install
+	$(PIP) -e '.[bench]'
+	$(BIN)/rlkit bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info

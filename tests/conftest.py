@@ -1,0 +1,27 @@
+"""Shared by all tests: one PyTorch thread (tiny networks gain nothing from two), no network, no progress colours."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes that tests start
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+if not (Path(__import__("rlkit").__file__).parent.parent / "envs").is_dir():
+    pytest.exit("tests need an editable install of this checkout: pip install -e '.[dev]'", returncode=2)
+
+import torch  # noqa: E402 (after the thread settings)
+
+torch.set_num_threads(1)
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that forget `--out` write into a temporary folder, never into the checkout."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
