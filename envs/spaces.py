@@ -112,18 +112,18 @@ class ActionScale:
         self.space = space
         self.dim = math.prod(space.shape)
         self.low, self.high = space.low.reshape(-1), space.high.reshape(-1)
-        # In float64: high - low of a float32 box may overflow.
+        # In float64: high - low of a float32 box may overflow, and middle - half would not be low when they differ much.
         low, high = self.low.astype(np.float64), self.high.astype(np.float64)
-        self._middle, self._half = ((low + high) / 2).astype(space.dtype), ((high - low) / 2).astype(space.dtype)
+        self._middle, self._half = low / 2 + high / 2, high / 2 - low / 2
         self._vector = len(space.shape) == 1
         self._identity = bool(np.all(self._middle == 0) and np.all(self._half == 1))
 
     def to_env(self, action: NDArray[Any]) -> NDArray[Any]:
         """([n,] dim) in [-1, 1] -> new array ([n,] *space.shape) in the dtype of the space, clipped to its bounds."""
-        scaled: NDArray[Any] = action.astype(self.space.dtype)
         if not self._identity:
-            scaled *= self._half
-            scaled += self._middle
+            action = action * self._half
+            action += self._middle
+        scaled: NDArray[Any] = action.astype(self.space.dtype)
         # The sum above may round to just outside of the bounds, and many environments check them.
         np.maximum(scaled, self.low, out=scaled)
         np.minimum(scaled, self.high, out=scaled)
@@ -133,8 +133,7 @@ class ActionScale:
         """([n,] *space.shape) -> ([n,] dim) float32 in [-1, 1]; 0 where the bounds coincide."""
         batch = action.shape[: action.ndim - len(self.space.shape)]
         flat = action.reshape(*batch, self.dim).astype(np.float64)
-        half = self._half.astype(np.float64)
-        unit = np.divide(flat - self._middle, half, out=np.zeros_like(flat), where=half > 0)
+        unit = np.divide(flat - self._middle, self._half, out=np.zeros_like(flat), where=self._half > 0)
         result: NDArray[np.float32] = np.clip(unit, -1.0, 1.0).astype(np.float32)
         return result
 

@@ -431,7 +431,7 @@ class _Local:
         self.envs: list[TrackedEnv] = []
         try:
             for make in makers:
-                self.envs.append(make())  # noqa: PERF401 - those already made are closed if a later one fails
+                self.envs.append(make())  # one by one: those already made are closed if a later one fails
             _check_alike(self.envs)
         except BaseException:
             self.close()
@@ -533,9 +533,9 @@ class _Workers(AsyncVectorEnv):
             ) or EnvError(f"a worker process could not be started: {error!r}")
         if isinstance(error, RuntimeError) and "spaces" in str(error):
             return UserError(f"the environments differ in their spaces: {error}")
-        if len(self.processes) < self.num_envs:
+        if self.processes and self.processes[-1].pid is None:
             return UserError(
-                f"environment {len(self.processes)} cannot be sent to a worker process ({type(error).__name__}: "
+                f"environment {len(self.processes) - 1} cannot be sent to a worker process ({type(error).__name__}: "
                 f'{error}); use vectorization_mode="sync" or make it from scratch in the thunk'
             )
         return EnvError(f"the worker processes could not be started: {type(error).__name__}: {error}")

@@ -1,7 +1,8 @@
 """Evaluation: whole episodes of a fixed policy, each a pure function of (seed, episode index).
 
 Episodes run side by side so that one forward pass serves several, yet each result belongs to its own index: no bias
-towards short episodes, and the same numbers for any degree of parallelism of a deterministic policy.
+towards short episodes. A deterministic policy gives the same numbers for any degree of parallelism, as far as its
+actions do not depend on what else is in the batch (matrix products of another size may round differently).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def evaluate(
 
     Args:
         policy: `predict(batch of observations, deterministic=...)` -> (batch of actions, state).
-        make_env: a fresh environment; up to `parallel` of them are stepped in turn and closed at the end.
+        make_env: a fresh environment; up to `parallel` (>= 1) of them are stepped in turn and closed at the end.
         seed: episode k is reset with a seed derived from (seed, k).
 
     Raises:
@@ -96,8 +97,12 @@ def evaluate(
     """
     if episodes < 1:
         raise UserError(f"`episodes`: got {episodes}; at least 1 is needed")
-    envs = [make_env() for _ in range(min(parallel, episodes))]
+    if parallel < 1:
+        raise UserError(f"`parallel`: got {parallel}; at least 1 is needed")
+    envs: list[gym.Env] = []
     try:
+        for _ in range(min(parallel, episodes)):
+            envs.append(make_env())  # noqa: PERF401 (what was opened is closed if a later one fails)
         return _run(policy, envs, episodes, seed, deterministic, should_stop)
     finally:
         for env in envs:
@@ -119,9 +124,15 @@ def _run(
 
     def start(env: gym.Env) -> tuple[int, gym.Env, Any] | None:
         index = next(waiting, None)
-        return None if index is None else (index, env, env.reset(seed=derive(seed, "eval", index))[0])
+        if index is None:
+            return None
+        try:
+            obs, _ = env.reset(seed=derive(seed, "eval", index) & 0x7FFF_FFFF)  # 31 bits: what any environment accepts
+        except Exception as error:
+            raise EnvError(f"evaluation episode {index}, reset: {error}") from error
+        return index, env, obs
 
-    running = [slot for env in envs if (slot := start(env)) is not None]
+    running = [begun for env in envs if (begun := start(env)) is not None]
     while running:
         if should_stop():
             return None
@@ -132,9 +143,8 @@ def _run(
             try:
                 obs, reward, terminated, truncated, info = env.step(action)
             except Exception as error:
-                raise EnvError(
-                    f"evaluation episode {index}, step {lengths[index]}: {error} (action {action})"
-                ) from error
+                where = f"evaluation episode {index}, step {lengths[index]}"
+                raise EnvError(f"{where}: {error} (action {action})") from error
             returns[index] += float(reward)
             lengths[index] += 1
             slot: tuple[int, gym.Env, Any] | None = (index, env, obs)

@@ -377,9 +377,8 @@ class _Tracker:
     def _run(self) -> None:
         try:
             log, close = self._open()
-            while (item := self._queue.get()) is not None:
-                if not self._off:
-                    log(*item)
+            while (item := self._queue.get()) is not None and not self._off:
+                log(*item)
             close()
         except BaseException as error:  # SystemExit too: no tracker ends a run
             self._switch_off(f"{type(error).__name__}: {error}")

@@ -1,12 +1,13 @@
 """Networks and optimiser steps that control trainers share.
 
-Initial weights are those of `torch.nn.Linear`. Critics are one batched module (`EnsembleMLP`), so that N critics cost one
-batched matrix product a layer. `descend` is the only place where a gradient becomes a step: it never takes a step on a
-non-finite gradient.
+Initial weights are those of `torch.nn.Linear`. Critics are one batched module (`EnsembleMLP`), so that N critics cost
+one batched matrix product a layer. `descend` is the only place where a gradient becomes a step: it never takes a step
+on a non-finite gradient.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import warnings
@@ -30,8 +31,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _activation_name(value: Any) -> Any:
     """`torch.nn.ReLU`, as scripts written for Stable-Baselines3 pass it, as `relu`."""
-    classes = {nn.LeakyReLU: "leaky_relu"}
-    return classes.get(value, value.__name__.lower()) if isinstance(value, type) else value
+    if value is nn.LeakyReLU:
+        return "leaky_relu"
+    return value.__name__.lower() if isinstance(value, type) else value
 
 
 ActivationName = Annotated[
@@ -66,7 +68,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: Sequence[int], activation: str = "relu", activate_last: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.activation, self.activate_last = ACTIVATIONS[activation], activate_last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ class EnsembleMLP(nn.Module):
         if dropout > 0 and generator is None:
             raise ValueError("dropout needs a generator")
         self.n, self.activation = n, ACTIVATIONS[activation]
-        self.layers = nn.ModuleList(EnsembleLinear(n, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(EnsembleLinear(n, a, b) for a, b in itertools.pairwise(sizes))
         hidden = sizes[1:-1]
         self.norms = nn.ModuleList(EnsembleLayerNorm(n, width) for width in hidden) if layer_norm else None
         self.dropout = Dropout(dropout, generator) if dropout > 0 and generator is not None else None
@@ -155,7 +157,7 @@ class RunningNorm(nn.Module):
     """Running mean and variance of vectors, stored with the policy and frozen outside `update`.
 
     Moments are float64 and merged batch by batch with the parallel algorithm of Chan et al. (1979), so they are those
-    of all rows seen, whatever the batch sizes. Before any row it is the identity.
+    of all rows seen, whatever the batch sizes. Before any row it only clips.
     """
 
     mean: Tensor
@@ -172,6 +174,8 @@ class RunningNorm(nn.Module):
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
         """Merge (B, width) rows into the statistics."""
+        if not len(rows):
+            return
         rows = rows.to(self.mean)
         n, mean, var = rows.shape[0], rows.mean(0), rows.var(0, unbiased=False)
         total = self.count + n
@@ -205,10 +209,15 @@ def adam(parameters: Iterable[nn.Parameter], learning_rate: float, **kwargs: Any
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """One step of a fused `optimizer` on the scalar `loss`; returns the gradient's norm, a scalar.
 
-    Gradients flow to the optimiser's own parameters alone, so an actor loss that runs through a critic leaves the critic
-    without gradients. If the norm is not finite, the fused kernel skips the step (as under a gradient scaler): weights
-    and optimiser state stay as they were, and the caller sees the norm.
+    Gradients flow to the optimiser's own parameters alone, so an actor loss that runs through a critic leaves the
+    critic without gradients. If the norm is not finite, the fused kernel skips the step (as under a gradient scaler):
+    weights and optimiser state stay as they were, and the caller sees the norm.
+
+    Raises:
+        TypeError: the optimiser is not fused, so that it would take the step.
     """
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        raise TypeError("descend needs a fused optimiser, such as `adam` makes")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = torch.autograd.grad(loss, parameters)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
@@ -227,14 +236,18 @@ def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 def compile_or_eager(function: F_, mode: str, device: torch.device) -> F_:
-    """`function` compiled where `mode` (auto, on, off) asks for it; a failure prints one line and goes on eagerly."""
+    """`function` compiled where `mode` (auto, on, off) asks for it; a failure prints one line and goes on eagerly.
+
+    What `function` itself raises passes through, except that a RuntimeError or OSError of the first call cannot be told
+    from a missing compiler and makes the call happen again.
+    """
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
         return function
     compiled: Callable[..., Any] | None = None
-    failed = False
+    failed = worked = False
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal compiled, failed
+        nonlocal compiled, failed, worked
         if failed:
             return function(*args, **kwargs)
         try:
@@ -242,8 +255,12 @@ def compile_or_eager(function: F_, mode: str, device: torch.device) -> F_:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     compiled = torch.compile(function)
-            return compiled(*args, **kwargs)
+            result = compiled(*args, **kwargs)
+            worked = True
+            return result
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError) as error:
+            if worked and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
             failed = True
             reason = str(error).strip().split("\n")[0]
             print(f"compile failed, running eagerly: {type(error).__name__}: {reason}", file=sys.stderr)

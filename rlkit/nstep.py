@@ -35,7 +35,7 @@ class NStep:
             return {**rows, "discount": np.full(count, self.gamma, dtype=np.float32)}
         out: list[Row] = []
         for i in range(count):
-            row = {name: values[i] for name, values in rows.items()}
+            row = {name: values[i].copy() for name, values in rows.items()}  # the caller may reuse its arrays
             waiting = self._waiting[int(row["env"])]
             waiting.append(row)
             if row["terminated"] or row["truncated"]:

@@ -1,8 +1,8 @@
 """Learning curves from run folders.
 
-One panel an environment; in it one curve for each group of runs of the same trainer and preset. A group of one run shows
-its evaluations; several runs show their mean with the 95 % Student interval over runs, at the steps that all of them
-evaluated.
+One panel an environment; in it one curve for each group of runs of the same trainer and preset. A group of one run
+shows its evaluations; several runs show their mean with the 95 % Student interval over runs, at the steps that all of
+them evaluated.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 from rlkit.config import load_file
 from rlkit.errors import UserError
 from rlkit.run import records
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -30,10 +27,8 @@ def curve(run: Path) -> tuple[str, Curve]:
     """Label of the values and (steps, values) of a run: evaluations if there are two or more, else training returns.
 
     Raises:
-        UserError: the folder holds no run, or nothing to draw yet.
+        UserError: the run has nothing to draw yet.
     """
-    if not (run / "config.yaml").exists():
-        raise UserError(f"{run} is not a run folder: it has no config.yaml")
     sources = (("eval.jsonl", "eval/mean_reward"), ("metrics.jsonl", "rollout/ep_rew_mean"))
     for name, key in sources:
         points = [(r["step"], r[key]) for r in records(run, name) if key in r]
@@ -55,7 +50,13 @@ def mean_interval(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def group(run: Path) -> tuple[str, str]:
-    """(environment, label) that decide the panel and the curve of a run."""
+    """(environment, label) that decide the panel and the curve of a run.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml")
     config = load_file(run / "config.yaml")
     label = str(config.get("trainer", "?"))
     if config.get("preset") not in (None, "auto"):
@@ -64,12 +65,19 @@ def group(run: Path) -> tuple[str, str]:
 
 
 def plot(runs: Sequence[Path], out: Path) -> Path:
-    """Draw the learning curves of `runs` into the image `out`."""
+    """Draw the learning curves of `runs` into the image `out`.
+
+    Raises:
+        UserError: no runs, runs that cannot be drawn together, or an image that cannot be written.
+    """
+    if not runs:
+        raise UserError("no runs to draw")
     panels: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         env, label = group(run)
         panels[env][label].append(run)
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), squeeze=False)
+    figure = Figure(figsize=(6.4 * len(panels), 4.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (env, groups) in zip(axes[0], panels.items(), strict=True):
         for label, members in groups.items():
             _draw(axis, label, [curve(run) for run in members])
@@ -81,14 +89,15 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
         figure.savefig(out, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        plt.close(figure)
     return out
 
 
 def _draw(axis: Any, label: str, labelled: Sequence[tuple[str, Curve]]) -> None:
     curves = [values for _, values in labelled]
-    what = "evaluation" if all(key.startswith("eval") for key, _ in labelled) else "training return"
+    kinds = {"evaluation" if key.startswith("eval") else "training return" for key, _ in labelled}
+    if len(kinds) > 1:
+        raise UserError(f"some runs of {label} have evaluations and others only training returns; draw them apart")
+    (what,) = kinds
     steps, mean, low, high = mean_interval(curves)
     n = len(curves)
     name = f"{label}, {what}" + (f", mean of {n} runs, 95 % interval" if n > 1 else " (n=1)")

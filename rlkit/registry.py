@@ -11,6 +11,7 @@ A script may also register a class for its own process with `register(Mine)`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def get(name: str) -> type[Trainer]:
         raise UserError(f"unknown trainer `{name}`{did_you_mean(name, table)} (`rlkit list` shows all)")
     module, _, attribute = table[name].target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))  # type: ignore[return-value]
     except (ImportError, AttributeError) as error:
         raise UserError(f"trainer `{name}`: cannot import {table[name].target}: {error}") from error
 

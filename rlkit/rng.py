@@ -7,9 +7,8 @@ of their arguments: nothing has to be replayed to resume.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -17,9 +16,8 @@ import torch
 
 def derive(seed: int, *path: int | str) -> int:
     """A 63-bit seed that is a pure function of `seed` and `path`, e.g. `derive(0, "env", 3, episode)`."""
-    words = [seed, *(zlib.crc32(p.encode()) if isinstance(p, str) else p for p in path)]
-    state = np.random.SeedSequence([w & 0xFFFFFFFF for w in words] + [w >> 32 for w in words]).generate_state(2)
-    return (int(state[0]) << 31) ^ int(state[1])
+    text = repr((int(seed), *(p if isinstance(p, str) else int(p) for p in path)))  # different for different paths
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def permutation(seed: int, epoch: int, n: int) -> torch.Tensor:
@@ -41,19 +39,28 @@ class Streams(Mapping[str, torch.Generator]):
 
     def __getitem__(self, name: str) -> torch.Generator:
         if name not in self._streams:
-            self._streams[name] = torch.Generator(self.device).manual_seed(derive(self.seed, "stream", name))
+            self._streams[name] = self._seeded(torch.Generator(self.device), name)
         return self._streams[name]
 
-    def __iter__(self) -> Any:
+    def _seeded(self, stream: torch.Generator, name: str) -> torch.Generator:
+        return stream.manual_seed(derive(self.seed, "stream", name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._streams
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self._streams)
 
     def __len__(self) -> int:
         return len(self._streams)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: stream.get_state() for name, stream in self._streams.items()}
+        return {name: self._streams[name].get_state() for name in sorted(self._streams)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._streams = {name: torch.Generator(self.device) for name in state}
+        """Set every stream in place, because parts such as dropout hold on to theirs; absent ones begin anew."""
+        for name, stream in self._streams.items():
+            if name not in state:
+                stream.manual_seed(derive(self.seed, "stream", name))
         for name, value in state.items():
-            self._streams[name].set_state(value)
+            self[name].set_state(value)

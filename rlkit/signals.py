@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,7 +34,9 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = signal.Signals(number)
-        print(f"{self.signal.name}: stopping after this step (once more: at once)", file=sys.stderr, flush=True)
+        line = f"{self.signal.name}: stopping after this step (once more: at once)\n"
+        with suppress(OSError):  # not `print`: the signal may have come in the middle of one
+            os.write(2, line.encode())
 
     def __enter__(self) -> StopRequest:
         self._depth += 1
@@ -50,7 +52,7 @@ class StopRequest:
         self._depth -= 1
         if self._depth == 0:
             for number, handler in self._previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
             self._previous = {}
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,7 @@ def init(**kwargs):
 
 
 @pytest.fixture
-def wandb_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def wandb_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(tmp_path / "path")
@@ -348,8 +349,8 @@ def wandb_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     import wandb
 
-    monkeypatch.setitem(sys.modules, "wandb", wandb)  # forgotten after the test
-    return wandb.calls  # type: ignore[no-any-return]
+    yield wandb.calls
+    sys.modules.pop("wandb")
 
 
 def test_wandb_absent_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +380,7 @@ def test_wandb_goes_on_in_the_same_run_and_never_asks_for_a_login(
         log = RunLog(None, wandb=True)
         log.write(0, {})
         log.close()
-        assert wandb_calls[-2][1]["mode"] == mode
+        assert wandb_calls[-3][1]["mode"] == mode
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY")
     assert metrics._wandb_mode() == "offline"

@@ -12,8 +12,10 @@ environment's own rewards. A module with state (`state_dict`, `load_state_dict`)
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,14 +39,15 @@ def call(module: RewardModule, columns: Mapping[str, Any], n: int) -> np.ndarray
     """
     values = module(**columns)
     name = name_of(module)
-    if not isinstance(values, np.ndarray):
-        try:
-            values = list(values)
-        except TypeError:
-            raise UserError(f"reward `{name}` returned {values!r}; expected a list of {n} numbers") from None
+    if isinstance(values, np.ndarray) and values.ndim > 1:
+        raise UserError(f"reward `{name}` returned an array of shape {values.shape}, expected ({n},) (one value a row)")
+    try:
+        values = list(values)
+    except TypeError:
+        raise UserError(f"reward `{name}` returned {values!r}; expected a list of {n} numbers") from None
     if len(values) != n:
         raise UserError(f"reward `{name}` returned {len(values)}, expected {n} (one value a row)")
-    absent = [value is None for value in values] if not isinstance(values, np.ndarray) else [False] * n
+    absent = [value is None for value in values]
     try:
         numbers = np.array([math.nan if a else float(v) for v, a in zip(values, absent, strict=True)])
     except (TypeError, ValueError):
@@ -84,21 +87,22 @@ class Chain:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for i, value in state.items():
-            self.modules[int(i)].load_state_dict(value)
+            module: Any = self.modules[int(i)]
+            module.load_state_dict(value)
 
 
 def resolve(spec: str | RewardModule, **context: Any) -> RewardModule:
     """A reward module from its name: `scale=0.1`, `clip=-1,1`, `normalize`, or `module:function` for your own.
 
     Args:
-        spec: the text, or a callable, which is returned as it is.
+        spec: the text, or a callable, which is returned as it is; a class is called without arguments.
         context: what built-in modules need from the run, such as `gamma` and `n_envs`.
 
     Raises:
         UserError: unknown name, wrong argument, or a function that cannot be imported.
     """
-    if callable(spec):
-        return spec
+    if not isinstance(spec, str):
+        return spec() if isinstance(spec, type) else spec
     from rlkit.rewards.shaping import BUILT_IN
 
     name, _, argument = spec.partition("=")
@@ -110,18 +114,18 @@ def resolve(spec: str | RewardModule, **context: Any) -> RewardModule:
             raise UserError(f"reward `{spec}`: {error}") from None
     module, _, attribute = spec.partition(":")
     if not attribute:
-        raise UserError(f"unknown reward `{spec}`{did_you_mean(name, BUILT_IN)} Or `module:function` for your own.")
+        raise UserError(f"unknown reward `{spec}`, and no `module:function`{did_you_mean(name, BUILT_IN)}")
     try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward `{spec}`: cannot import it: {error}") from None
-    if isinstance(found, type):
-        found = found()
+        found = _attribute(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"reward `{spec}`: cannot import it: {error}") from error
     if not callable(found):
         raise UserError(f"reward `{spec}` is not callable")
-    return found
+    return resolve(found)
+
+
+def _attribute(module: Any, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), module)
 
 
 def spec_of(module: str | RewardModule) -> str:
@@ -131,6 +135,10 @@ def spec_of(module: str | RewardModule) -> str:
     if hasattr(module, "spec"):
         return str(module.spec)
     home, qualified = getattr(module, "__module__", None), getattr(module, "__qualname__", None)
-    if home and qualified and home != "__main__" and "<" not in qualified:
-        return f"{home}:{qualified}"
-    return f"<{name_of(module)}>"
+    if home and qualified and home != "__main__":
+        try:  # not a method, a local function or something decorated
+            if _attribute(sys.modules.get(home), qualified) is module:
+                return f"{home}:{qualified}"
+        except AttributeError:
+            pass
+    return f"<{name_of(module).strip('<>')}>"

@@ -24,7 +24,7 @@ class Clip:
 
     def __init__(self, low: float, high: float | None = None, **_: Any) -> None:
         self.low, self.high = (-low, low) if high is None else (low, high)
-        if self.low >= self.high:
+        if not self.low < self.high:
             raise ValueError(f"clip needs low < high, got {self.low} and {self.high}")
         self.spec = f"clip={self.low!r},{self.high!r}"
 
@@ -33,11 +33,11 @@ class Clip:
 
 
 class Normalize:
-    """r -> r / std of the running discounted return, clipped to +-`clip` (the scheme of OpenAI Baselines' VecNormalize).
+    """r -> r / std of the running discounted return, clipped to +-`clip` (as OpenAI Baselines' VecNormalize).
 
     For each environment G <- gamma G + r, started at 0 in each episode; the variance is over all values of G so far,
-    those of the present step included. Rewards are scaled when they are collected: what is in the buffer keeps the scale
-    of its time.
+    those of the present step included. Rewards are scaled when they are collected: what is in the buffer keeps the
+    scale of its time.
 
     Args:
         clip: bound of the scaled reward.
@@ -45,10 +45,9 @@ class Normalize:
         n_envs: environments of the run.
     """
 
-    spec = "normalize"
-
     def __init__(self, clip: float = 10.0, *, gamma: float = 0.99, n_envs: int = 1, epsilon: float = 1e-8) -> None:
         self.clip, self.gamma, self.epsilon = clip, gamma, epsilon
+        self.spec = f"normalize={clip!r}"
         self.returns = np.zeros(n_envs)
         self.count, self.mean, self.spread = 0, 0.0, 0.0  # spread: sum of squared distances from the mean
 
@@ -66,7 +65,7 @@ class Normalize:
         return np.clip(scaled, -self.clip, self.clip)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"returns": self.returns, "count": self.count, "mean": self.mean, "spread": self.spread}
+        return {"returns": self.returns.copy(), "count": self.count, "mean": self.mean, "spread": self.spread}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.returns = np.array(state["returns"])

@@ -1,0 +1,76 @@
+"""What every benchmark shares: the description of machine and versions, CSV files, intervals, Markdown tables."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def processor() -> str:
+    """The processor's name, as the operating system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def machine(packages: Sequence[str]) -> dict[str, str]:
+    """Columns that say where a row was measured: processor, cores, Python and package versions."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "processor": processor(),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
+    }
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV file, with a header where the file is new."""
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and both ends of its 95 % Student interval; NaN ends for one value."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return mean, mean - half, mean + half
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join('---' for _ in header)}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

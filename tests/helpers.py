@@ -1,0 +1,120 @@
+"""What several test files need: tiny settings of any trainer, and runs compared bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlkit import checkpoint, registry
+from rlkit.errors import Stopped
+from rlkit.metrics import read_jsonl
+from rlkit.trainer import Trainer
+
+TINY: dict[str, Any] = {
+    "policy_kwargs": {"net_arch": [8, 8]},
+    "batch_size": 8,
+    "buffer_size": 300,
+    "learning_starts": 10,
+    "eval_episodes": 1,
+    "eval_every": 40,
+    "log_every": 15,
+    "checkpoint_every": 30,
+    "tensorboard": False,
+}
+"""Fields for runs of a second; those that a trainer does not have are left out."""
+
+
+def tiny(name: str, **fields: Any) -> Trainer:
+    """The trainer `name` on its embedded task with tiny settings."""
+    cls = registry.get(name)
+    known = {field.name for field in dataclasses.fields(cls.Config)}
+    task = {k: v for k, v in cls.default_task.items() if k != "steps"}
+    values = {**task, "preset": None, **TINY, **fields}
+    return cls(config=cls.make_config({k: v for k, v in values.items() if k in known}))
+
+
+class StopAt:
+    """A callback that sends SIGTERM to this process once the clock has reached `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.sent = step, False
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.clock >= self.step and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def learn_with_stops(trainer: Trainer, steps: int, stops: list[int]) -> Trainer:
+    """Learn in a run folder, stopped by a signal at each of `stops` and resumed from the folder alone."""
+    from rlkit import resume
+
+    folder = trainer.folder
+    assert folder is not None
+    total: int | None = steps
+    for stop in stops:
+        try:
+            trainer.learn(total, callback=StopAt(stop))
+        except Stopped as error:
+            assert error.code == 75  # noqa: PT017 (the test goes on after it)
+        else:
+            raise AssertionError(f"the signal at step {stop} did not stop the run")
+        close(trainer)
+        trainer, total = resume(folder), None
+    trainer.learn(total)
+    close(trainer)
+    return trainer
+
+
+def close(trainer: Any) -> None:
+    if hasattr(trainer, "close"):
+        trainer.close()
+
+
+def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without the wall clock's keys, the only ones that may differ between equal runs."""
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+def fingerprint(run: Path) -> dict[str, Any]:
+    """All that a run left behind that has to be equal: the last checkpoint's hash, metrics, evaluations."""
+    newest, messages = checkpoint.newest(run)
+    assert messages == []
+    return {
+        "checkpoint": newest.name,
+        "hash": checkpoint.content_hash(newest),
+        "metrics": repr(without_time(read_jsonl(run / "metrics.jsonl"))),  # repr: NaN equals itself
+        "evaluations": repr(without_time(read_jsonl(run / "eval.jsonl"))),
+    }
+
+
+def rlkit_command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "rlkit", *args]
+
+
+def run_rlkit(*args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 300) -> Any:
+    """`rlkit ARGS` as a process; its exit code and output."""
+    return subprocess.run(
+        rlkit_command(*args), capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
+
+
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    """Poll until `condition()`.
+
+    Raises:
+        AssertionError: it did not come true in time.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("condition did not come true")
+        time.sleep(0.02)
