@@ -83,7 +83,7 @@ def make(
     if seconds < 0:
         raise UserError(f"timeout: {timeout} is negative; 0 or None is no limit")
     if isinstance(spec, (str, EnvSpec)):
-        single = make_single(spec, env_kwargs)
+        single = _thunk(spec, env_kwargs)
         return TrackedAdapter([single] * n_envs, seed, workers=workers, timeout=seconds, make_single=single)
     if env_kwargs:
         raise UserError("env_kwargs are for environments given by id; this one is already made or made by its thunk")
@@ -111,12 +111,17 @@ def make_single(spec: Any, env_kwargs: Mapping[str, Any] | None = None) -> Calla
         UserError: an unknown id.
     """
     if isinstance(spec, (str, EnvSpec)):
-        return partial(_make_one, find_spec(spec) if isinstance(spec, str) else spec, dict(env_kwargs or {}))
+        return _thunk(spec, env_kwargs)
     if isinstance(spec, gym.vector.VectorEnv):
         return _single_of(spec)
     if isinstance(spec, Sequence) and spec and callable(spec[0]):
-        return spec[0]  # type: ignore[no-any-return]
+        first: Callable[[], gym.Env] = spec[0]
+        return first
     return None
+
+
+def _thunk(spec: str | EnvSpec, env_kwargs: Mapping[str, Any] | None) -> Callable[[], gym.Env]:
+    return partial(_make_one, find_spec(spec) if isinstance(spec, str) else spec, dict(env_kwargs or {}))
 
 
 def _check_number(n_envs: int, own: int, what: str) -> None:

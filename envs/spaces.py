@@ -112,7 +112,7 @@ class ActionScale:
         self.space = space
         self.dim = math.prod(space.shape)
         self.low, self.high = space.low.reshape(-1), space.high.reshape(-1)
-        # In float64: high - low of a float32 box may overflow, and middle - half would not be low when they differ much.
+        # In float64: high - low of a float32 box may overflow, and middle - half would miss low between unlike bounds.
         low, high = self.low.astype(np.float64), self.high.astype(np.float64)
         self._middle, self._half = low / 2 + high / 2, high / 2 - low / 2
         self._vector = len(space.shape) == 1

@@ -11,7 +11,7 @@ exception, a wrong return value, and, where the system has interval timers, a ca
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found, unused-ignore]
 import multiprocessing
 import os
 import signal

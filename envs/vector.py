@@ -418,7 +418,8 @@ def _replay_state(state: Any) -> Mapping[str, Any]:
     _entry(state, "steps", int)
     if state.get("seed") is not None:
         _entry(state, "seed", int)
-    return state  # type: ignore[no-any-return]
+    checked: Mapping[str, Any] = state
+    return checked
 
 
 class _Local:

@@ -195,6 +195,8 @@ def validate(cls: type[T], values: Mapping[str, Any], source: str = "") -> T:
         return config
     except ValidationError as error:
         raise UserError(_lead(source) + "\n".join(_explain(cls, values, error))) from None
+    except UserError as error:  # of to_dict
+        raise UserError(f"{_lead(source)}{error}") from None
     except RecursionError:
         raise UserError(f"{_lead(source)}the configuration is nested too deeply, or contains itself") from None
 

@@ -117,11 +117,12 @@ def resolve(spec: str | RewardModule, **context: Any) -> RewardModule:
         raise UserError(f"unknown reward `{spec}`, and no `module:function`{did_you_mean(name, BUILT_IN)}")
     try:
         found = _attribute(importlib.import_module(module), attribute)
+        found = found() if isinstance(found, type) else found
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"reward `{spec}`: cannot import it: {error}") from error
     if not callable(found):
         raise UserError(f"reward `{spec}` is not callable")
-    return resolve(found)
+    return found
 
 
 def _attribute(module: Any, path: str) -> Any:

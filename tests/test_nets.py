@@ -1,0 +1,434 @@
+"""Networks and steps against PyTorch's own modules and optimiser, and against numbers by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rlkit.nets import (
+    ACTIVATIONS,
+    MLP,
+    Dropout,
+    EnsembleLayerNorm,
+    EnsembleLinear,
+    EnsembleMLP,
+    LearnedScalar,
+    RunningNorm,
+    ToFloat32,
+    adam,
+    compile_or_eager,
+    descend,
+    polyak_,
+)
+
+CPU = torch.device("cpu")
+MODULES = {
+    "relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def separate(net: EnsembleMLP, activation: str, norms: bool) -> list[nn.Sequential]:
+    """The members of an ensemble as ordinary networks with the same weights."""
+    members = []
+    for i in range(net.n):
+        modules: list[nn.Module] = []
+        for k, layer in enumerate(net.layers):
+            weight, bias = layer.weight[i].detach().T, layer.bias[i, 0].detach()
+            linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+            linear.weight.data.copy_(weight)
+            linear.bias.data.copy_(bias)
+            modules.append(linear)
+            if k < len(net.layers) - 1:
+                if norms:
+                    assert net.norms is not None
+                    norm = nn.LayerNorm(weight.shape[0], dtype=weight.dtype)
+                    norm.weight.data.copy_(net.norms[k].weight[i, 0].detach())
+                    norm.bias.data.copy_(net.norms[k].bias[i, 0].detach())
+                    modules.append(norm)
+                modules.append(MODULES[activation]())
+        members.append(nn.Sequential(*modules))
+    return members
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("norms", [False, True])
+def test_ensemble_is_n_separate_networks(activation: str, norms: bool) -> None:
+    """Values, gradients of the input and gradients of every weight."""
+    net = EnsembleMLP(3, [4, 6, 5, 2], activation, layer_norm=norms).double()
+    for parameter in net.parameters():  # scale and shift of the norms, too, so that no two members agree
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    members = separate(net, activation, norms)
+    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 7, 2, dtype=torch.float64)
+
+    out = net(x)
+    (weights * out).sum().backward()
+    gradient, x.grad = x.grad, None
+    expected = torch.stack([member(x) for member in members])
+    (weights * expected).sum().backward()
+
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradient, x.grad)
+    for i, member in enumerate(members):
+        linears = [m for m in member if isinstance(m, nn.Linear)]
+        for layer, linear in zip(net.layers, linears, strict=True):
+            torch.testing.assert_close(layer.weight.grad[i].T, linear.weight.grad)
+            torch.testing.assert_close(layer.bias.grad[i, 0], linear.bias.grad)
+        if net.norms is not None:
+            for ours, theirs in zip(net.norms, [m for m in member if isinstance(m, nn.LayerNorm)], strict=True):
+                torch.testing.assert_close(ours.weight.grad[i, 0], theirs.weight.grad)
+                torch.testing.assert_close(ours.bias.grad[i, 0], theirs.bias.grad)
+
+
+def test_ensemble_takes_one_input_or_one_a_member() -> None:
+    net, x = EnsembleMLP(2, [3, 4, 1]), torch.randn(2, 5, 3)
+    both = net(x)
+    assert both.shape == (2, 5, 1)
+    for i in range(2):
+        torch.testing.assert_close(both[i], net(x[i])[i])
+
+
+def test_ensemble_without_hidden_layers_is_linear() -> None:
+    net, x = EnsembleMLP(2, [3, 1], layer_norm=True, dropout=0.5, generator=torch.Generator()), torch.randn(5, 3)
+    torch.testing.assert_close(net(x), x @ net.layers[0].weight + net.layers[0].bias)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 300), (100, 30), (256, 256)])
+def test_initial_weights_are_those_of_linear(inputs: int, outputs: int) -> None:
+    """Uniform on +-1/sqrt(inputs), weights and biases: bounds, and the variance bound^2 / 3."""
+    bound = 1 / math.sqrt(inputs)
+    ours, theirs = EnsembleLinear(5, inputs, outputs), nn.Linear(inputs, outputs)
+    assert theirs.weight.abs().max() <= bound  # what PyTorch does now
+    for values in (ours.weight.detach(), ours.bias.detach()):
+        assert values.abs().max() <= bound
+        assert values.abs().max() > 0.98 * bound
+        assert float(values.var()) == pytest.approx(bound**2 / 3, rel=0.15)
+        assert abs(float(values.mean())) < 5 * bound / math.sqrt(3 * values.numel())
+    assert not torch.equal(ours.weight[0], ours.weight[1])
+
+
+def test_ensemble_layer_norm_is_layer_norm_a_member() -> None:
+    ours, x = EnsembleLayerNorm(3, 8), torch.randn(3, 5, 8) * 3 + 1
+    ours.weight.data.normal_()
+    ours.bias.data.normal_()
+    for i in range(3):
+        expected = nn.functional.layer_norm(x[i], (8,), ours.weight[i, 0], ours.bias[i, 0])
+        torch.testing.assert_close(ours(x)[i], expected)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_mlp_is_a_sequence_of_linears(last: bool) -> None:
+    net, x = MLP([3, 5, 4, 2], "tanh", activate_last=last), torch.randn(2, 6, 3)
+    a, b, c = net.layers
+    expected = c(torch.tanh(b(torch.tanh(a(x)))))
+    torch.testing.assert_close(net(x), torch.tanh(expected) if last else expected)
+
+
+def test_mlp_without_layers_is_the_identity() -> None:
+    x = torch.randn(2, 3)
+    assert torch.equal(MLP([3], activate_last=True)(x), x)
+
+
+def test_learned_scalar() -> None:
+    scalar = LearnedScalar(-1.5)
+    assert scalar().shape == ()
+    assert float(scalar()) == -1.5
+    (scalar() * 3).backward()
+    assert float(scalar.value.grad) == 3
+
+
+# Dropout
+
+
+def test_dropout_keeps_the_mean() -> None:
+    """Each element is 0 with probability p, else 1/(1-p): over 10^6 of them the mean is 1 +- 5 sqrt(p/(1-p)) / 1000."""
+    for p in (0.01, 0.3, 0.9):
+        out = Dropout(p, torch.Generator().manual_seed(1))(torch.ones(1000, 1000))
+        assert out.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
+        assert float(out.double().mean()) == pytest.approx(1, abs=5e-3 * math.sqrt(p / (1 - p)))
+
+
+def test_dropout_gradient_has_the_same_mask() -> None:
+    x = torch.ones(50, requires_grad=True)
+    out = Dropout(0.5, torch.Generator().manual_seed(1))(x)
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+
+
+def test_dropout_draws_from_its_generator_alone() -> None:
+    net = EnsembleMLP(2, [3, 32, 1], dropout=0.5, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(4, 3)
+    before = torch.random.get_rng_state()
+    first, second = net(x), net(x)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not torch.equal(first, second)
+    net.dropout.generator.manual_seed(5)
+    assert torch.equal(net(x), first)
+    assert torch.equal(net(x), second)
+
+
+def test_dropout_is_off_in_evaluation_and_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(5)
+    net = EnsembleMLP(2, [3, 8, 1], dropout=0.5, generator=generator)
+    plain = EnsembleMLP(2, [3, 8, 1])
+    plain.load_state_dict(net.state_dict())
+    state, x = generator.get_state(), torch.randn(4, 3)
+    assert torch.equal(net.eval()(x), plain(x))
+    assert torch.equal(state, generator.get_state())
+
+
+def test_dropout_of_a_member_is_its_own() -> None:
+    """Equal members, equal inputs: different masks, so that an ensemble stays an ensemble."""
+    net = EnsembleMLP(2, [3, 64, 1], dropout=0.5, generator=torch.Generator().manual_seed(5))
+    for parameter in net.parameters():
+        parameter.data[1] = parameter.data[0]
+    out = net(torch.randn(4, 3))
+    assert not torch.equal(out[0], out[1])
+
+
+def test_dropout_needs_a_generator() -> None:
+    with pytest.raises(ValueError, match="generator"):
+        EnsembleMLP(2, [3, 4, 1], dropout=0.1)
+
+
+def test_hidden_layer_order_is_dropout_norm_activation() -> None:
+    """DroQ's order: whatever is dropped, the layer norm's output (before ReLU) has mean 0 and variance 1 a row."""
+    net = EnsembleMLP(2, [3, 64, 64], layer_norm=True, dropout=0.5, generator=torch.Generator().manual_seed(5))
+    seen: list[Tensor] = []
+    assert net.norms is not None
+    net.norms[0].register_forward_hook(lambda _module, inputs, output: seen.extend([inputs[0], output]))
+    net(torch.randn(4, 3))
+    assert 0.3 < float((seen[0] == 0).float().mean()) < 0.7
+    torch.testing.assert_close(seen[1].mean(-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen[1].var(-1, unbiased=False), torch.ones(2, 4), atol=1e-3, rtol=0)
+
+
+# Running normalisation
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.sampled_from([0.0, 1e4]))
+def test_running_norm_has_the_moments_of_all_rows(sizes: list[int], offset: float) -> None:
+    """Whatever the batches, empty ones included; an offset of 10,000 shows what cancels."""
+    rows = np.random.default_rng(0).normal(size=(sum(sizes), 3)) * [1, 5, 0.01] + offset
+    norm, start = RunningNorm(3), 0
+    for size in sizes:
+        norm.update(torch.from_numpy(rows[start : start + size]))
+        start += size
+    assert float(norm.count) == len(rows)
+    if len(rows):
+        np.testing.assert_allclose(norm.mean.numpy(), rows.mean(0), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(norm.var.numpy(), rows.var(0), rtol=1e-6, atol=1e-12)
+
+
+def test_running_norm_before_any_row_only_clips() -> None:
+    x = torch.tensor([[-9.5, 0.0, 3.25], [1e-3, 50.0, -1e9]])
+    assert torch.equal(RunningNorm(3)(x), torch.tensor([[-9.5, 0.0, 3.25], [1e-3, 10.0, -10.0]]))
+
+
+def test_running_norm_by_hand() -> None:
+    """Rows 1 and 5: mean 3, variance 4, so 7 is 2 standard deviations above; a clip of 1.5 holds it there."""
+    norm = RunningNorm(1)
+    norm.update(torch.tensor([[1.0], [5.0]]))
+    assert float(norm(torch.tensor([7.0]))) == pytest.approx(2, rel=1e-6)
+    assert norm(torch.tensor([7.0], dtype=torch.float64)).dtype == torch.float32
+    tight = RunningNorm(1, clip=1.5)
+    tight.load_state_dict(norm.state_dict())
+    assert float(tight(torch.tensor([7.0]))) == 1.5
+    assert float(tight(torch.tensor([-7.0]))) == -1.5
+
+
+def test_running_norm_is_frozen_in_forward_and_saved_with_the_module() -> None:
+    norm = RunningNorm(2)
+    norm.update(torch.randn(9, 2))
+    before = copy.deepcopy(norm.state_dict())
+    norm.train()(torch.randn(50, 2))
+    assert before.keys() == {"mean", "var", "count"}
+    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
+
+
+def test_running_norm_of_a_constant_is_finite() -> None:
+    norm = RunningNorm(1)
+    norm.update(torch.full((5, 1), 3.0))
+    assert float(norm(torch.tensor([3.0]))) == 0
+    assert float(norm(torch.tensor([4.0]))) == 10
+
+
+def test_to_float32_is_the_identity() -> None:
+    module = ToFloat32()
+    module.update(torch.full((3, 2), 100.0))
+    x = torch.tensor([[1, 200]], dtype=torch.uint8)
+    assert torch.equal(module(x), torch.tensor([[1.0, 200.0]]))
+
+
+# Steps
+
+
+def test_polyak_by_hand() -> None:
+    """target 1, source 5, tau 0.25: 1 + 0.25 (5 - 1) = 2; tau 0 and 1 are nothing and a copy."""
+    source, target = nn.Linear(2, 1), nn.Linear(2, 1).requires_grad_(False)
+    for tau, expected in ((0.25, 2.0), (0.0, 1.0), (1.0, 5.0)):
+        for module, value in ((source, 5.0), (target, 1.0)):
+            for parameter in module.parameters():
+                parameter.data.fill_(value)
+        polyak_(target, source, tau)
+        assert all((p == expected).all() for p in target.parameters())
+        assert all((p == 5).all() for p in source.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in target.parameters())
+
+
+def loss_of(net: nn.Module, seed: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(8, 3, generator=generator), torch.randn(8, 1, generator=generator)
+    return ((net(x) - y) ** 2).mean() * scale
+
+
+def state(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every number that a step may change, cloned."""
+    saved = optimizer.state_dict()["state"]
+    return [p.detach().clone() for p in net.parameters()] + [
+        value.clone() for moments in saved.values() for value in moments.values()
+    ]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_descend_is_a_step_of_adam() -> None:
+    ours = MLP([3, 8, 1], "tanh")
+    theirs = copy.deepcopy(ours)
+    optimizer, plain = adam(ours.parameters(), 1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for seed in range(20):
+        norm = descend(optimizer, loss_of(ours, seed))
+        plain.zero_grad()
+        loss_of(theirs, seed).backward()
+        expected = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in theirs.parameters()]))
+        plain.step()
+        assert float(norm) == pytest.approx(float(expected), rel=1e-4)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_descend_leaves_other_gradients_alone() -> None:
+    """An actor's loss runs through the critic: the critic gets no gradient, and keeps the one that it had."""
+    actor, critic = nn.Linear(3, 2), nn.Linear(2, 1)
+    held = torch.full_like(critic.weight, 7.0)
+    critic.weight.grad = held.clone()
+    before = [p.detach().clone() for p in critic.parameters()]
+    norm = descend(adam(actor.parameters(), 1e-2), critic(actor(torch.randn(4, 3))).mean())
+    assert float(norm) > 0
+    assert torch.equal(critic.weight.grad, held)
+    assert critic.bias.grad is None
+    assert same(before, list(critic.parameters()))
+
+
+def test_descend_ignores_a_gradient_that_was_there() -> None:
+    a = nn.Linear(3, 1)
+    b = copy.deepcopy(a)
+    a.weight.grad = torch.full_like(a.weight, 1e6)
+    descend(adam(a.parameters(), 1e-2), loss_of(a, 0))
+    descend(adam(b.parameters(), 1e-2), loss_of(b, 0))
+    assert same(list(a.parameters()), list(b.parameters()))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("good_steps", [0, 3])
+def test_descend_takes_no_step_on_a_non_finite_gradient(bad: float, good_steps: int) -> None:
+    """Weights, moments and step counts stay bit for bit; what follows is as if the bad loss had never been."""
+    net = MLP([3, 8, 1], "tanh")
+    twin = copy.deepcopy(net)
+    optimizer, other = adam(net.parameters(), 1e-2), adam(twin.parameters(), 1e-2)
+    for seed in range(good_steps):
+        descend(optimizer, loss_of(net, seed))
+        descend(other, loss_of(twin, seed))
+    before = state(net, optimizer)
+    norm = descend(optimizer, loss_of(net, 99, scale=bad))
+    assert not math.isfinite(float(norm))
+    assert same(before, state(net, optimizer)[: len(before)])  # Adam makes its moments, zeros, at its first step
+    for seed in range(good_steps, good_steps + 3):
+        assert math.isfinite(float(descend(optimizer, loss_of(net, seed))))
+        descend(other, loss_of(twin, seed))
+    assert same(state(net, optimizer), state(twin, other))
+    assert not same(before, state(net, optimizer)[: len(before)])
+
+
+def test_one_non_finite_element_is_enough() -> None:
+    net = nn.Linear(3, 1)
+    before = net.weight.detach().clone()
+    net.bias.data.fill_(math.inf)
+    norm = descend(adam(net.parameters(), 1e-2), (net.weight.sum() + torch.sqrt(net.bias * 0)).sum())
+    assert not math.isfinite(float(norm))
+    assert torch.equal(net.weight, before)
+
+
+def test_descend_refuses_an_optimiser_that_would_step_anyway() -> None:
+    net = nn.Linear(3, 1)
+    with pytest.raises(TypeError, match="fused"):
+        descend(torch.optim.Adam(net.parameters()), loss_of(net, 0))
+
+
+# Compilation
+
+
+def double(x: Tensor) -> Tensor:
+    return torch.sin(x) * 2 + 1
+
+
+def test_off_and_auto_on_a_cpu_return_the_function_itself() -> None:
+    assert compile_or_eager(double, "off", CPU) is double
+    assert compile_or_eager(double, "auto", CPU) is double
+    assert compile_or_eager(double, "off", torch.device("cuda")) is double
+    assert compile_or_eager(double, "auto", torch.device("cuda")) is not double
+
+
+def test_a_failing_compiler_means_one_line_and_eager_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inductor: Any = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    run = compile_or_eager(double, "on", CPU)
+    for x in (torch.randn(3), torch.randn(3), torch.randn(4, 2)):
+        torch.testing.assert_close(run(x), double(x))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "running eagerly" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("compile failed, running eagerly: ")
+
+
+def test_errors_of_the_function_pass_through(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A compiler is stood in for by the eager backend, which compiles nothing, so that this takes no time."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: original(function, backend="eager"))
+    calls = []
+
+    def fails_later(x: Tensor, fail: bool) -> Tensor:
+        torch._dynamo.graph_break()
+        calls.append(fail)
+        if fail:
+            raise RuntimeError("out of memory")
+        return x + 1
+
+    run = compile_or_eager(fails_later, "on", CPU)
+    assert torch.equal(run(torch.zeros(2), False), torch.ones(2))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(torch.zeros(2), True)
+    assert calls == [False, True]  # not run twice
+    assert torch.equal(run(torch.zeros(2), False), torch.ones(2))
+    with pytest.raises(ValueError, match="wrong"):
+        compile_or_eager(lambda: (_ for _ in ()).throw(ValueError("wrong")), "on", CPU)()
+    assert "running eagerly" not in capsys.readouterr().err
