@@ -45,7 +45,7 @@ __all__ = [
     "flat_space",
     "flatten_obs",
     "make",
-    "make_single",
+    "single",
     "space_from_json",
     "space_to_json",
 ]
@@ -83,8 +83,8 @@ def make(
     if seconds < 0:
         raise UserError(f"timeout: {timeout} is negative; 0 or None is no limit")
     if isinstance(spec, (str, EnvSpec)):
-        single = _thunk(spec, env_kwargs)
-        return TrackedAdapter([single] * n_envs, seed, workers=workers, timeout=seconds, make_single=single)
+        thunk = _thunk(spec, env_kwargs)
+        return TrackedAdapter([thunk] * n_envs, seed, workers=workers, timeout=seconds, make_single=thunk)
     if env_kwargs:
         raise UserError("env_kwargs are for environments given by id; this one is already made or made by its thunk")
     if _is_sb3(spec):
@@ -92,7 +92,7 @@ def make(
         return SB3Adapter(spec, seed, timeout=seconds)
     if isinstance(spec, gym.vector.VectorEnv):
         _check_number(n_envs, spec.num_envs, "the VectorEnv")
-        return GymVectorAdapter(spec, seed, timeout=seconds, make_single=make_single(spec))
+        return GymVectorAdapter(spec, seed, timeout=seconds, make_single=single(spec))
     if isinstance(spec, gym.Env):
         _check_number(n_envs, 1, "an environment object")
         if workers:
@@ -100,11 +100,11 @@ def make(
         return TrackedAdapter([lambda: spec], seed, timeout=seconds, owned=False)
     if isinstance(spec, Sequence) and spec and all(callable(thunk) for thunk in spec):
         _check_number(n_envs, len(spec), "the list of thunks")
-        return TrackedAdapter(list(spec), seed, workers=workers, timeout=seconds, make_single=make_single(spec))
+        return TrackedAdapter(list(spec), seed, workers=workers, timeout=seconds, make_single=single(spec))
     raise UserError(_not_an_env(spec))
 
 
-def make_single(spec: Any, env_kwargs: Mapping[str, Any] | None = None) -> Callable[[], gym.Env] | None:
+def single(spec: Any, env_kwargs: Mapping[str, Any] | None = None) -> Callable[[], gym.Env] | None:
     """Makes one environment of the kind of `spec`, for evaluation, without making the vector; None if unknown.
 
     Raises:

@@ -256,7 +256,9 @@ class VectorAdapter:
         if not _entry(state, "started", bool):
             self.obs = None
             return []
-        return self._restore(state)
+        messages = self._restore(state)
+        self._check_finite(self.obs, self.obs, np.zeros(n), None)
+        return messages
 
     # - shared parts -
 

@@ -211,7 +211,7 @@ def _decode_array(node: dict[str, Any], tensors: dict[str, torch.Tensor]) -> np.
 
 def _decode_numpy_scalar(node: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     dtype, raw = _dtype(node["$scalar"]), bytes.fromhex(node["hex"])
-    return np.frombuffer(raw, dtype)[0] if raw else dtype.type()  # the empty text has no bytes
+    return np.frombuffer(raw, dtype)[0] if dtype.itemsize else dtype.type()  # the empty text is a `<U0`
 
 
 def _dtype(text: str) -> np.dtype:
@@ -598,12 +598,10 @@ def prune(run: str | Path, keep: int) -> str | None:
         kept: set[int] = set()
         doomed: list[Path] = []
         for step, folder in _candidates(Path(run)):
-            if step in kept or (keep > 0 and len(kept) >= keep):
+            if step in kept or (keep > 0 and len(kept) >= keep):  # so never before a complete one was seen
                 doomed.append(folder)
             elif _looks_complete(folder):
                 kept.add(step)
-        if not kept:  # nothing to rely on: delete nothing
-            doomed = []
         for path in (Path(run) / "checkpoints").glob(".tmp-*"):
             match = _TEMP.fullmatch(path.name)
             if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):

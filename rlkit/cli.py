@@ -6,8 +6,10 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 75 stopped by a signal with a resumab
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,7 +50,7 @@ def count(text: str) -> int:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (value >= 1 and value == int(value)):
+    if not (1 <= value < math.inf and value == int(value)):
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: an integer >= 1")
     return int(value)
 
@@ -69,7 +71,10 @@ def list_trainers(args: Sequence[str]) -> int:
 def train(args: Sequence[str]) -> int:
     name = args[0] if args and not args[0].startswith("-") else None
     rest = list(args[1:] if name else args)
-    if name is None and "--config" not in rest:
+    first = Parser(prog="rlkit train", add_help=False, allow_abbrev=False)
+    first.add_argument("--config")  # the file may decide which trainer's fields the rest are
+    path = first.parse_known_args(rest)[0].config
+    if name is None and path is None:
         if rest and rest[0] in ("-h", "--help"):
             print("usage: rlkit train TRAINER [--env ID] [--steps N] [--config FILE] [--FIELD V ...]\n")
             print("`rlkit train TRAINER --help` lists a trainer's fields; without arguments it runs an embedded task.")
@@ -77,17 +82,13 @@ def train(args: Sequence[str]) -> int:
         raise UserError("which trainer? `rlkit train TRAINER ...`; `rlkit list` shows them")
     from rlkit.config import add_arguments, load_file, merge, read_arguments
 
-    file: dict[str, Any] = {}
-    if "--config" in rest[:-1]:
-        path = rest[rest.index("--config") + 1]
-        file = load_file(path)
-        of_file = file.pop("trainer", None)
-        if name and of_file not in (None, name):
-            raise UserError(f"{path} is of the trainer `{of_file}`, not `{name}`")
-        name = name or of_file
-        if name is None:
-            raise UserError(f"{path} names no trainer: `rlkit train TRAINER --config {path}`")
-    assert name is not None
+    file = {} if path is None else load_file(path)
+    of_file = file.pop("trainer", None)
+    if name and of_file not in (None, name):
+        raise UserError(f"{path} is of the trainer `{of_file}`, not `{name}`")
+    name = name or of_file
+    if not isinstance(name, str):
+        raise UserError(f"{path} names no trainer: `rlkit train TRAINER --config {path}`")
     cls = registry.get(name)
     doc = sys.modules[cls.__module__].__doc__ or ""
     parser = Parser(
@@ -102,13 +103,12 @@ def train(args: Sequence[str]) -> int:
     add_arguments(parser, cls.Config)
     given = vars(parse(parser, rest))
     fields = merge(file, read_arguments(cls.Config, given))
-    steps = given["steps"] or file.get("steps")
-    fields.pop("steps", None)
-    if fields.get("env") is None and cls.default_task:
-        fields = merge(cls.default_task, fields)
-        print(f"no environment given: the embedded task, {_task(cls)}")
-    steps = count(str(steps or fields.pop("steps", cls.default_steps)))
-    fields.pop("steps", None)
+    embedded = {} if "env" in fields else cls.default_task
+    fields = merge(embedded, fields)
+    in_file = fields.pop("steps", None)
+    steps = given["steps"] or (cls.default_steps if in_file is None else _count_in(path, in_file))
+    if embedded:
+        print(f"no environment given: the embedded task, {_task(cls, steps)}")
     if fields.get("out") is None:
         fields["out"] = str(_new_folder(name, fields))
     from rlkit.signals import stop
@@ -118,9 +118,18 @@ def train(args: Sequence[str]) -> int:
         return _learn(trainer, steps)
 
 
-def _task(cls: type[Trainer]) -> str:
+def _task(cls: type[Trainer], steps: int | None = None) -> str:
     task = cls.default_task
-    return f"{task.get('env', task.get('data', 'nothing'))} for {task.get('steps', cls.default_steps):,} steps"
+    what = task.get("env", task.get("data", "nothing"))
+    return f"{what} for {steps or task.get('steps', cls.default_steps):,} steps"
+
+
+def _count_in(path: str, steps: Any) -> int:
+    """`steps` of the file `path`."""
+    try:
+        return count(str(steps))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{path}: `steps`: {error}; or give `--steps N`") from None
 
 
 def _new_folder(name: str, fields: dict[str, Any]) -> Path:
@@ -180,8 +189,13 @@ def evaluate(args: Sequence[str]) -> int:
     from rlkit.trainer import load
 
     trainer = load(given.run, inference=True)
+    if not trainer.can_evaluate():
+        raise UserError(
+            f"{given.run} was trained on an environment given in Python, which no file can hold: evaluate it there, "
+            f"rlkit.load({given.run!r}, eval_env=make_env).evaluate({given.episodes})"
+        )
     record = trainer.evaluate(given.episodes, seed=given.seed)
-    assert record is not None
+    assert record is not None  # nothing stops it here
     values = {k.removeprefix("eval/"): v for k, v in record.items()}
     result = {
         "mean": values["mean_reward"],
@@ -193,9 +207,7 @@ def evaluate(args: Sequence[str]) -> int:
     interval = (
         f"95 % interval {result['ci95'][0]:.1f} to {result['ci95'][1]:.1f}" if given.episodes > 1 else "no interval"
     )
-    print(
-        f"return {result['mean']:.1f} ± {result['std']:.1f} over {given.episodes} episodes (n={given.episodes}, {interval})"
-    )
+    print(f"{trainer.describe_evaluation(record)} (n={given.episodes}, {interval})")
     if given.json:
         print(json.dumps(_no_nan(result)))
     return 0
@@ -274,9 +286,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the locale lacks `±`, or a letter of a path
     try:
         if args and args[0] in COMMANDS:
-            return COMMANDS[args[0]][0](args[1:])
+            code = COMMANDS[args[0]][0](args[1:])
+            sys.stdout.flush()  # a broken pipe shows here, not at exit
+            return code
         if args and not args[0].startswith("-"):
             raise UserError(f"unknown command `{args[0]}`{did_you_mean(args[0], COMMANDS)}")
         parser = Parser(
@@ -302,3 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `rlkit list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        return 1
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error}", file=sys.stderr)
+        return 1

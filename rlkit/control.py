@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit import envs, rewards
+from rlkit import envs, registry, rewards
 from rlkit.buffer import Field, RolloutBuffer, dtype_of
 from rlkit.config import Count, Fraction, Positive, RunConfig, Strict, Whole, merge
 from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatten_obs, space_from_json, space_to_json
@@ -158,7 +158,9 @@ class ControlTrainer(Trainer):
         else:
             self.observation_space = self.env.raw_observation_space
             self.action_space = self.env.action_space
-        check_action_space(self.action_space, self.action_spaces, self.name.upper())
+        kind = type(self.action_space).__name__
+        fitting = [name for name, entry in registry.entries().items() if kind in entry.actions]
+        check_action_space(self.action_space, self.action_spaces, type(self).__name__, fitting)
         self.flat_observation_space = flat_space(self.observation_space)
         self.scale = ActionScale(self.action_space) if isinstance(self.action_space, gym.spaces.Box) else None
         self.n_envs = self._adapter.num_envs if self._adapter is not None else config.n_envs

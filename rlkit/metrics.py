@@ -92,7 +92,7 @@ class Meter:
             sums, count = self._sums[names]
             self._sums[names] = (sums.to(device, dtype).add_(row), count + 1)
         else:
-            self._sums[names] = (row.to(dtype, copy=True), 1)
+            self._sums[names] = (row.to(dtype), 1)
 
     def last(self, name: str, value: Tensor | float) -> None:
         """Record a value of which the last one counts, such as a learning rate or a counter."""

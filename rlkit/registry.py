@@ -36,6 +36,8 @@ class Entry:
     """reproduced, reconstructed or variant; see the module's docstring."""
     data: str = ""
     """What it trains on."""
+    actions: tuple[str, ...] = ()
+    """Kinds of gymnasium action spaces that it can act in; empty for trainers without environments."""
 
 
 _registered: dict[str, type[Trainer]] = {}

@@ -165,6 +165,7 @@ class Run:
         trainer.seconds += time.monotonic() - self._began
         self._began, self._began_at = time.monotonic(), trainer.clock
         try:
+            self.log.sync()
             trainer.write_checkpoint(checkpoint.checkpoint_folder(self.folder, trainer.clock))
         except OSError as error:
             if last:

@@ -42,7 +42,7 @@ def same(a: Any, b: Any) -> bool:
         bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
     if isinstance(a, (np.ndarray, np.generic)):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     if isinstance(a, float):
         return struct.pack(">d", a) == struct.pack(">d", b)
     return bool(a == b)
@@ -93,6 +93,64 @@ def test_any_state_comes_back_bit_for_bit(state: Any, tmp_path_factory: pytest.T
     checkpoint.save(folder, {"part": state}, about={})
     parts, _ = checkpoint.load(folder)
     assert same(parts, {"part": state})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.nan,
+        -math.nan,
+        struct.unpack(">d", bytes.fromhex("7ff80000000000ab"))[0],  # a NaN with a payload
+        math.inf,
+        -0.0,
+        5e-324,
+        2**64 - 1,
+        -(2**127),
+        10**5000,
+        np.float32(math.nan),
+        np.str_(""),
+        np.array(math.nan),
+        np.zeros((0, 3), np.uint16),
+        np.array(["é", ""]),
+        np.array([1, 2], dtype=">i4"),
+        np.array(["2020-01-01"], dtype="M8[D]"),
+        {0: {"a": 1}, "0": 2, (1, "x"): 3, None: 4, True: 5, "$tensor": 6},
+        {"\ud800": "\udfff", "": ""},
+        [(), [], {}, ((),)],
+        torch.empty(0, 3, dtype=torch.bfloat16),
+        torch.tensor(2**63 + 1, dtype=torch.uint64),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_edges_come_back_bit_for_bit(value: Any, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c", {"part": value}, about={})
+    assert same(checkpoint.load(tmp_path / "c")[0]["part"], value)
+
+
+def test_the_file_does_not_depend_on_the_order_of_names_and_tensors_are_aligned(tmp_path: Path) -> None:
+    state = {
+        "a": torch.ones(3, dtype=torch.bool),
+        "b": torch.ones(1, dtype=torch.float64),
+        "c": torch.ones(1, dtype=torch.bfloat16),
+        "d": torch.ones(3),
+    }
+    checkpoint.save(tmp_path / "one", {"p": state}, about={})
+    checkpoint.save(tmp_path / "two", {"p": dict(reversed(state.items()))}, about={})
+    raw = (tmp_path / "one" / "p.safetensors").read_bytes()
+    assert raw == (tmp_path / "two" / "p.safetensors").read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    for name, entry in json.loads(raw[8 : 8 + size]).items():
+        if name != "__metadata__":
+            assert (8 + size + entry["data_offsets"][0]) % state[name].element_size() == 0
+
+
+def test_what_was_loaded_does_not_follow_the_file(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c", {"p": torch.ones(5000)}, about={})
+    loaded = checkpoint.load(tmp_path / "c")[0]["p"]
+    path = tmp_path / "c" / "p.safetensors"
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert torch.equal(loaded, torch.ones(5000))
 
 
 def test_an_optimizer_a_generator_and_a_module_continue_exactly(tmp_path: Path) -> None:
@@ -153,7 +211,7 @@ def test_views_shared_memory_and_colliding_names_are_written_in_full(tmp_path: P
 
 
 def test_files_are_ordinary_safetensors_with_readable_names(tmp_path: Path) -> None:
-    weights = {"actor": torch.nn.Linear(2, 3).state_dict(), "half": torch.ones(3, dtype=torch.bfloat16)}
+    weights: dict[str, Any] = {"actor": torch.nn.Linear(2, 3).state_dict(), "half": torch.ones(3, dtype=torch.bfloat16)}
     checkpoint.save(tmp_path / "c", {"policy": weights, "config.yaml": "gamma: 0.99\n"}, about={"step": 3})
     by_package = load_file(tmp_path / "c" / "policy.safetensors")
     assert sorted(by_package) == ["actor.bias", "actor.weight", "half"]
@@ -349,12 +407,12 @@ def in_child_killed_at(count: int, run: Path, step: int) -> bool:
                 if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.listdir"):
                     tick()
 
-            def counted_fsync(handle: int) -> None:  # fsync raises no audit event
+            def counted_fsync(handle: Any) -> None:  # fsync raises no audit event
                 tick()
                 fsync(handle)
 
             sys.addaudithook(audit)
-            os.fsync = counted_fsync
+            os.fsync = counted_fsync  # type: ignore[assignment]
             state = {**parts_at(step), "extra": {"new": True}}
             checkpoint.save(checkpoint.checkpoint_folder(run, step), state, about={"step": step})
             checkpoint.prune(run, 2)
@@ -421,7 +479,8 @@ def test_a_folder_that_was_being_replaced_is_found_under_its_old_name(tmp_path: 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder,) = write(tmp_path, 1)
     for failing in range(1, 7):  # 5 files and the folder
-        calls, fsync = [], os.fsync
+        calls: list[int] = []
+        fsync = os.fsync
 
         def full(handle: int, calls: list[int] = calls, failing: int = failing, fsync: Any = fsync) -> None:
             calls.append(handle)
@@ -446,6 +505,7 @@ def test_a_full_disk_is_an_os_error() -> None:
 
 def test_prune_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
     folders = write(tmp_path, 1, 2, 3, 4, 5)
+    shutil.copytree(folders[4], folders[4].with_name(".old-step-0000000005-1"))  # killed while deleting it
     (folders[3] / "state.json").unlink()  # 4 does not count, but is newer than what is kept
     mine = folders[0].with_name(f".tmp-step-0000000009-{os.getpid()}")
     alive = folders[0].with_name(f".tmp-step-0000000009-{os.getppid()}")
@@ -701,7 +761,7 @@ def test_nothing_on_the_way_unpickles(tmp_path: Path, monkeypatch: pytest.Monkey
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("pickle")
 
-    for module in (pickle, sys.modules.get("cloudpickle"), torch.serialization.pickle):
+    for module in (pickle, sys.modules.get("cloudpickle"), vars(torch.serialization)["pickle"]):
         for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler"):
             if module is not None and hasattr(module, name):
                 monkeypatch.setattr(module, name, forbidden)

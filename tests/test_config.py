@@ -75,7 +75,7 @@ class Sample(Strict):
     """The networks."""
 
 
-def sac_config() -> type:
+def sac_config() -> Any:
     from rlkit.trainers.sac import SACConfig
 
     return SACConfig

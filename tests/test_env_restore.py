@@ -37,11 +37,6 @@ TASKS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # simulators write logs into the working folder
-
-
 def actions_for(adapter, steps, seed=0):
     rng = np.random.default_rng(seed)
     shape = (steps, adapter.num_envs)

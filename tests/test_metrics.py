@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -234,19 +233,23 @@ def test_without_a_folder_records_stay_in_memory(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_raised(tmp_path: Path) -> None:
-    (tmp_path / "eval.jsonl").touch()
+def test_a_full_disk_is_raised_and_leaves_no_torn_line(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
     log = RunLog(tmp_path)
     log.write_eval(0, {"x": 1})
-    assert log._evals is not None
-    full = os.open("/dev/full", os.O_RDWR)
-    os.dup2(full, log._evals.fileno())  # the disk is full from now on
-    with pytest.raises(OSError, match="No space left"):
-        log.write_eval(1, {"x": 2})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "eval.jsonl").stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, hard))  # room for a part of the next line
+        with pytest.raises(OSError, match="File too large"):
+            log.write_eval(1, {"x": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert log.eval_records == 1
-    os.close(full)
+    assert (tmp_path / "eval.jsonl").read_bytes() == b'{"step": 0, "x": 1}\n'
+    log.write_eval(2, {"x": 3})  # there is room again
     log.close()
+    assert [r["x"] for r in read_jsonl(tmp_path / "eval.jsonl")] == [1, 3]
 
 
 # --- trackers ------------------------------------------------------------------------------------------------------

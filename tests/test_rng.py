@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +19,7 @@ from rlkit.rng import Streams, derive, permutation
 
 def test_derive_is_the_same_in_every_process() -> None:
     """No state, and nothing of Python's salted `hash`."""
-    paths = [(0,), (0, "env", 3, 17), (2**62, "weights"), (7, "µ", -1)]
+    paths: list[Any] = [(0,), (0, "env", 3, 17), (2**62, "weights"), (7, "µ", -1)]
     here = [derive(*path) for path in paths]
     assert here == [derive(*path) for path in paths]
     command = f"from rlkit.rng import derive; print([derive(*p) for p in {paths!r}])"
@@ -28,7 +29,9 @@ def test_derive_is_the_same_in_every_process() -> None:
 
 def test_derive_does_not_collide() -> None:
     """100,000 draws of 63 bits: a collision has probability 1e10 / 2^64 = 5e-10."""
-    paths = [(seed, "env", index, episode) for seed in range(10) for index in range(10) for episode in range(500)]
+    paths: list[Any] = [
+        (seed, "env", index, episode) for seed in range(10) for index in range(10) for episode in range(500)
+    ]
     paths += [(seed, "eval", episode) for seed in range(100) for episode in range(500)]
     assert len(paths) == 100_000
     assert len({derive(*path) for path in paths}) == len(paths)

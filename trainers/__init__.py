@@ -10,5 +10,6 @@ TRAINERS: dict[str, Entry] = {
         paper="Soft Actor-Critic Algorithms and Applications, arXiv:1812.05905",
         status="reproduced",
         data="Box-action environments, online",
+        actions=("Box",),
     ),
 }

@@ -119,7 +119,7 @@ def resolve(spec: str | RewardModule, **context: Any) -> RewardModule:
         found = _attribute(importlib.import_module(module), attribute)
         found = found() if isinstance(found, type) else found
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"reward `{spec}`: cannot import it: {error}") from error
+        raise UserError(f"reward `{spec}`: {error}") from error
     if not callable(found):
         raise UserError(f"reward `{spec}` is not callable")
     return found
