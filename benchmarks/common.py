@@ -20,7 +20,8 @@ def processor() -> str:
     """The processor's name, as the operating system tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = info.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         if names:
             return names[0]
     return platform.processor() or platform.machine()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import sac_returns  # noqa: E402 (found through the path above)
+import sac_returns
 
 SUITES = {"sac-returns": sac_returns}
 

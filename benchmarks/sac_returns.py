@@ -45,13 +45,8 @@ def run_one(task: str, side: str, seed: int, steps: int, every: int, out: Path) 
     def record(agent: Any, step: int) -> None:
         result = evaluate(agent, lambda: gym.make(task), 10, seed=seed)
         assert result is not None
-        rows.append(
-            {
-                "task": task, "side": side, "seed": seed, "step": step, "mean_return": round(result.mean, 3),
-                "returns": " ".join(f"{r:.2f}" for r in result.returns),
-                "threads": 1, **where,
-            }  # fmt: skip
-        )
+        row = {"task": task, "side": side, "seed": seed, "step": step, "mean_return": round(result.mean, 3)}
+        rows.append({**row, "returns": " ".join(f"{r:.2f}" for r in result.returns), "threads": 1, **where})
 
     if side == "rlkit":
         agent = rlkit.SAC(task, seed=seed, device="cpu", **fields)
@@ -123,12 +118,8 @@ def report(rows: list[dict[str, str]]) -> str:
         mean, low, high = interval(theirs)
         own_mean, own_low, own_high = interval(ours)
         inside = "n=1, no interval" if len(theirs) < 2 else "yes" if low <= own_mean <= high else "no"
-        lines.append(
-            [
-                task, f"{last[task]:,}", str(len(ours)), f"{own_mean:.0f} [{own_low:.0f}, {own_high:.0f}]",
-                f"{mean:.0f} [{low:.0f}, {high:.0f}]", inside,
-            ]  # fmt: skip
-        )
+        both = [f"{own_mean:.0f} [{own_low:.0f}, {own_high:.0f}]", f"{mean:.0f} [{low:.0f}, {high:.0f}]"]
+        lines.append([task, f"{last[task]:,}", str(len(ours)), *both, inside])
     header = ["task", "steps", "seeds", "rlkit: mean return [95 %]", "SB3: mean return [95 %]", "inside SB3's interval"]
     where = {f"{r['processor']}, {r['cores']} cores, 1 thread a run, two runs at a time; {r['versions']}" for r in rows}
     return table(header, lines) + "\n\n" + "\n".join(sorted(where))

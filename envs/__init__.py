@@ -183,6 +183,8 @@ def find_spec(env_id: str) -> EnvSpec:
 
 def _make_one(spec: EnvSpec, kwargs: Mapping[str, Any]) -> gym.Env:
     """`gymnasium.make` whose errors are the user's to mend."""
+    if "mujoco" in str(spec.entry_point):
+        _warn_once()
     try:
         return gym.make(spec, **kwargs)
     except gym.error.DependencyNotInstalled as error:
@@ -194,6 +196,26 @@ def _make_one(spec: EnvSpec, kwargs: Mapping[str, Any]) -> gym.Env:
             raise UserError(f"env_kwargs: `{spec.id}` has no parameter `{unknown[0]}`{near}") from error
         given = f" with env_kwargs {dict(kwargs)}" if kwargs else ""
         raise UserError(f"environment `{spec.id}` cannot be made{given}: {type(error).__name__}: {error}") from error
+
+
+_warned: set[str] = set()
+
+
+def _warn_once() -> None:
+    """MuJoCo's warnings once each, on standard error; it would repeat them and write MUJOCO_LOG.TXT where we stand."""
+    try:
+        import mujoco
+    except ImportError:
+        return  # `gymnasium.make` says how to install it
+
+    def show(message: str) -> None:
+        kind = message.split("Time =")[0]  # the same instability at another time is no news
+        if kind not in _warned:
+            _warned.add(kind)
+            print(f"MuJoCo: {message.strip()}", file=sys.stderr)
+
+    if mujoco.get_mju_user_warning() is None:
+        mujoco.set_mju_user_warning(show)
 
 
 def _parameters(spec: EnvSpec) -> list[str]:

@@ -257,6 +257,7 @@ class VectorAdapter:
             self.obs = None
             return []
         messages = self._restore(state)
+        assert self.obs is not None  # set by `_restore`
         self._check_finite(self.obs, self.obs, np.zeros(n), None)
         return messages
 

@@ -2,8 +2,8 @@
 
 It steps environments into the buffer, owes updates, applies reward modules, predicts, evaluates, and saves what acting
 needs. Collection follows Stable-Baselines3's off-policy scheme and names: uniform random actions for `learning_starts`
-steps, then `gradient_steps` updates after every `train_freq` steps of all environments together. An on-policy or offline
-trainer overrides `collect`.
+steps, then `gradient_steps` updates after every `train_freq` steps of all environments together. An on-policy or an
+offline trainer overrides `collect`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatt
 from rlkit.envs.vector import VectorAdapter
 from rlkit.errors import CheckpointError, UserError, did_you_mean
 from rlkit.evaluate import evaluate
-from rlkit.nets import ActivationName
+from rlkit.nets import ActivationName, RunningNorm, ToFloat32
 from rlkit.nstep import NStep
 from rlkit.trainer import Batch, Trainer
 
@@ -39,7 +39,7 @@ class ControlConfig(RunConfig):
     """Environments, and what every control trainer does with them."""
 
     env: str | None = None
-    """Gymnasium id, such as `HalfCheetah-v5` or `my_package:MyEnv-v0`; None for an environment object given in Python."""
+    """Gymnasium id, such as `HalfCheetah-v5` or `my_package:MyEnv-v0`; None for an object given in Python."""
     n_envs: Count = 1
     """Copies of the environment, stepped together."""
     vectorization_mode: Literal["sync", "async"] = "sync"
@@ -123,7 +123,7 @@ class ControlTrainer(Trainer):
     """Environment id, or a name, -> fields."""
 
     buffer: RolloutBuffer
-    normalizer: torch.nn.Module
+    normalizer: RunningNorm | ToFloat32
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class ControlTrainer(Trainer):
             if preset not in cls.presets:
                 raise UserError(f"`preset`: unknown `{preset}`{did_you_mean(preset, [*cls.presets, 'auto'])}")
             return cls.presets[preset]
-        if env in cls.presets:
+        if env is not None and env in cls.presets:
             return cls.presets[env]
         family = {name.rpartition("-v")[0]: values for name, values in cls.presets.items() if "-v" in name}
         base = (env or "").rpartition("-v")[0]
@@ -248,12 +248,12 @@ class ControlTrainer(Trainer):
         return self._adapter
 
     def _restore_env(self, adapter: VectorAdapter, state: Mapping[str, Any]) -> None:
-        expected = (self.observation_space, self.action_space)
-        if (adapter.raw_observation_space, adapter.action_space) != expected:
-            raise UserError(
-                f"the environment has spaces {adapter.raw_observation_space}, {adapter.action_space}; the checkpoint's are "
-                f"{expected[0]}, {expected[1]}"
-            )
+        saved, given = (
+            (self.observation_space, self.action_space),
+            (adapter.raw_observation_space, adapter.action_space),
+        )
+        if given != saved:
+            raise UserError(f"the environment's spaces differ from the checkpoint's: {given} instead of {saved}")
         for message in adapter.load_state_dict(state):
             print(message, file=sys.stderr)
 
@@ -418,8 +418,11 @@ class ControlTrainer(Trainer):
 
     def describe(self) -> str:
         source = self.config.env or type(self._spec).__name__
-        lines = f"{super().describe()}\nenvironment: {self.n_envs} x {source}, observations {self.obs_dim}, actions {self.action_dim}"
-        return f"{lines}\nbuffer: {self.buffer.describe()}" if hasattr(self, "buffer") else lines
+        sizes = f"observations {self.obs_dim}, actions {self.action_dim}"
+        lines = [super().describe(), f"environment: {self.n_envs} x {source}, {sizes}"]
+        if hasattr(self, "buffer"):
+            lines.append(f"buffer: {self.buffer.describe()}")
+        return "\n".join(lines)
 
     def describe_evaluation(self, record: Mapping[str, Any]) -> str:
         n = record["eval/episodes"]

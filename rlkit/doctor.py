@@ -20,11 +20,9 @@ def report() -> Iterator[str]:
     """Lines about versions, processor, devices and optional packages."""
     yield f"rlkit {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "packages: " + ", ".join(f"{name} {_version(name) or 'absent'}" for name in PACKAGES)
-    memory = psutil.virtual_memory()
-    yield (
-        f"processor: {os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}; memory {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    )
+    capability, memory = torch.backends.cpu.get_cpu_capability(), psutil.virtual_memory()
+    yield f"processor: {os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads, {capability}"
+    yield f"memory: {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
@@ -45,7 +43,7 @@ def _version(package: str) -> str | None:
 
 
 def determinism(steps: int = 300) -> tuple[bool, str]:
-    """Train a tiny SAC twice: whether all parameters, the buffer and the random streams agree bit for bit, and a line."""
+    """Train a tiny SAC twice: whether all of their state agrees bit for bit, and a line that says so."""
     import tempfile
     from pathlib import Path
 
@@ -54,9 +52,9 @@ def determinism(steps: int = 300) -> tuple[bool, str]:
     hashes = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(2):
-            agent = registry.get("sac")(  # type: ignore[call-arg]
-                "Pendulum-v1", policy_kwargs={"net_arch": [32, 32]}, batch_size=32, buffer_size=1000
-            )
+            cls = registry.get("sac")
+            fields = {"policy_kwargs": {"net_arch": [32, 32]}, "batch_size": 32, "buffer_size": 1000}
+            agent = cls(config=cls.make_config({"env": "Pendulum-v1", **fields}))
             path = agent.learn(steps).save(Path(folder) / str(i))
             hashes.append(checkpoint.content_hash(path))
     same = hashes[0] == hashes[1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -78,8 +79,9 @@ class Run:
 
     def __enter__(self) -> Run:
         trainer = self.trainer
-        stop.__enter__()
-        try:
+        with ExitStack() as undo:  # in the reverse order, if anything below fails
+            stop.__enter__()
+            undo.callback(stop.__exit__, None, None, None)
             self.log = RunLog(
                 self.folder,
                 tensorboard=self.config.tensorboard and self.folder is not None,
@@ -89,14 +91,14 @@ class Run:
                 resume_eval_records=trainer.marks["eval_records"],
                 resume_step=trainer.clock,
             )
+            undo.callback(self.log.close)
             self._began, self._began_at = time.monotonic(), trainer.clock
             if self._progress:
                 self._progress.start()
+                undo.callback(self._progress.stop)
             if trainer.marks["eval"] < 0:
                 self._evaluate()
-        except BaseException:
-            stop.__exit__(None, None, None)
-            raise
+            undo.pop_all()
         return self
 
     def after_collect(self) -> None:

@@ -1,9 +1,9 @@
 """The loop that every trainer shares, and its state.
 
-An algorithm is a subclass with `build`, `collect` and `update`; the loop alternates between gathering experience and the
-updates owed for it. Its whole state is two numbers (`clock`, `owed`), the named random streams and the parts registered
-by `track`; checkpoints walk that registry, so a run that stops and resumes computes what an uninterrupted one does, bit
-for bit on a CPU, and no algorithm writes saving code.
+An algorithm is a subclass with `build`, `collect` and `update`; the loop alternates between gathering experience and
+the updates owed for it. Its whole state is two numbers (`clock`, `owed`), the named random streams and the parts
+registered by `track`. Checkpoints walk that registry, so a run that stops and resumes computes what an uninterrupted one
+does, bit for bit on a CPU, and no algorithm writes saving code.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ class Trainer:
                     checkpoint.save(dump, {"batch": dict(batch)}, about={"metric": name})
                     where = f"; the batch is in {dump}"
                 raise DivergenceError(
-                    f"{name} is {float(value)} at update {self.updates:,} (step {self.clock:,}); the optimiser step was "
-                    f"not taken{where}. A smaller `learning_rate` or rewards of order 1 usually help."
+                    f"{name} is {float(value)} at update {self.updates:,} (step {self.clock:,}); the optimiser step "
+                    f"was not taken{where}. A smaller `learning_rate` or rewards of order 1 usually help."
                 )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -371,7 +371,7 @@ class Trainer:
                 f"these differ from {path}:\n{changed}\nUse `allow_changes=True` to go on with the given ones."
             )
         config = cls.make_config({**merge(saved, given), "out": None}, source=str(path / "config.yaml"))
-        self = cls(config=config, saved=files["state"], **objects)  # type: ignore[call-arg]
+        self = cls(config=config, saved=files["state"], **objects)
         self.load_state(files)
         self.seconds = float(about.get("seconds", 0.0))
         self.folder = Path(out) if out is not None else None
@@ -454,6 +454,6 @@ def resume(run: str | Path, *, allow_changes: bool = False, **given: Any) -> Tra
 
 def _afresh(cls: type[Trainer], folder: Path, fields: dict[str, Any], steps: int, given: dict[str, Any]) -> Trainer:
     objects = {k: given.pop(k) for k in list(given) if cls.is_object(k, given[k])}
-    trainer = cls(config=cls.make_config({**fields, **given, "out": None}), **objects)  # type: ignore[call-arg]
+    trainer = cls(config=cls.make_config({**fields, **given, "out": None}), **objects)
     trainer.folder, trainer.target = folder, steps
     return trainer

@@ -45,7 +45,8 @@ def test_three_updates_change_every_parameter_and_report_finite_scalars(name: st
     trainer = tiny(name)
     to_first_update(trainer)
     modules = {k: part for k, part in trainer._parts.items() if isinstance(part, torch.nn.Module)}
-    before = {(k, n): p.detach().clone() for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad}
+    named = {(k, n): p for k, m in modules.items() for n, p in m.named_parameters()}
+    before = {key: p.detach().clone() for key, p in named.items() if p.requires_grad}
     assert before
     for _ in range(3):
         metrics = trainer.update(trainer.batch())
@@ -55,7 +56,7 @@ def test_three_updates_change_every_parameter_and_report_finite_scalars(name: st
             assert value.ndim == 0, key
             assert not value.requires_grad, key
             assert torch.isfinite(value), key
-    still = [key for key, old in before.items() if torch.equal(old, dict(modules[key[0]].named_parameters())[key[1]])]
+    still = [key for key, old in before.items() if torch.equal(old, named[key])]
     assert still == [], "parameters without a gradient"
     close(trainer)
 
@@ -125,7 +126,13 @@ def test_configuration_round_trips_and_is_strict(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_kinds_of_input_are_user_errors(name: str) -> None:
     cls = registry.get(name)
-    for wrong in ({"seed": "many"}, {"seed": -1}, {"precision": "float8"}, {"checkpoint_every": 0}, {"device": "abacus"}):
+    for wrong in (
+        {"seed": "many"},
+        {"seed": -1},
+        {"precision": "float8"},
+        {"checkpoint_every": 0},
+        {"device": "abacus"},
+    ):
         (key,) = wrong
         with pytest.raises(UserError, match=key):
             tiny(name, **wrong)
@@ -135,7 +142,7 @@ def test_wrong_kinds_of_input_are_user_errors(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_documentation(name: str) -> None:
-    """A paper in the module's text, a row in the README's table that agrees with `rlkit list`, help for every field."""
+    """A paper in the module's text, a row in README's table that agrees with `rlkit list`, help for every field."""
     entry, cls = TRAINERS[name], registry.get(name)
     doc = sys.modules[cls.__module__].__doc__ or ""
     assert re.search(r"arXiv:\d{4}\.\d{4,5}", doc)

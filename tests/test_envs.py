@@ -857,3 +857,12 @@ def test_a_killed_worker_of_a_given_vector_env_is_named():
     with pytest.raises(EnvError, match=r"environment 1: its worker process was killed \(exit code -9, SIGKILL\)"):
         steps(adapter, 3, np.zeros((2, 1)))
     venv.close(terminate=True)
+
+
+def test_mujoco_warns_once_and_writes_no_file(tmp_path: Path) -> None:
+    """Hopper's model uses a deprecated attribute: one line for four environments, and no MUJOCO_LOG.TXT."""
+    script = "from rlkit import envs; [envs.make('Hopper-v5', n_envs=2).reset() for _ in range(2)]"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.count("settotalmass") <= 1
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []

@@ -125,16 +125,14 @@ def test_updates_change_what_they_should(td3: Any) -> None:
         metrics = agent.update(agent.batch())
         agent.updates += 1
         assert all(torch.isfinite(value) for value in metrics.values())
-        return [
-            n for n in names if not all(map(torch.equal, before[n], getattr(agent, n).parameters()))
-        ]  # fmt: skip
+        return [n for n in names if not all(map(torch.equal, before[n], getattr(agent, n).parameters()))]
 
     assert moved() == ["critic"]
     assert moved() == list(names)
 
 
 def test_losses_by_hand(td3: Any) -> None:
-    """Two critics, two transitions: the minimum, no bootstrap after a terminal state, the first critic for the actor."""
+    """Two critics, two transitions: minimum, no bootstrap after a terminal state, the first critic for the actor."""
     reward, discount, terminated = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.5]), torch.tensor([False, True])
     y = td3.td_target(reward, discount, terminated, torch.tensor([[4.0, 8.0], [6.0, 2.0]]))
     assert y.tolist() == [1.0 + 0.5 * 4.0, 2.0]

@@ -18,8 +18,8 @@ from rlkit.metrics import read_jsonl
 
 SETTING = [
     "--env", "Pendulum-v1", "--n_envs", "2", "--policy_kwargs.net_arch", "8", "8", "--batch_size", "8",
-    "--buffer_size", "2000", "--learning_starts", "20", "--eval_every", "600", "--eval_episodes", "1", "--log_every", "100",
-    "--checkpoint_every", "50", "--tensorboard", "false", "--threads", "1",
+    "--buffer_size", "2000", "--learning_starts", "20", "--eval_every", "600", "--eval_episodes", "1",
+    "--log_every", "100", "--checkpoint_every", "50", "--tensorboard", "false", "--threads", "1",
 ]  # fmt: skip
 STEPS = 3000
 
@@ -43,7 +43,9 @@ def kill_until_finished(run: Path, kills: int, seed: int) -> int:
     for attempt in range(kills + 1):
         known = (run / "config.yaml").exists()
         process = subprocess.Popen(
-            rlkit_command("resume", str(run)) if known else train(run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            rlkit_command("resume", str(run)) if known else train(run),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         if attempt < kills:
             # Most of a short process is imports: wait for its first sign of work, then for a random part of the rest.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gymnasium as gym
 import pytest
 import torch
-from stable_baselines3 import SAC as SB3SAC  # noqa: N811
+from stable_baselines3 import SAC as SB3SAC
 from stable_baselines3.common.buffers import ReplayBufferSamples
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch import nn
 
-from rlkit.trainers.sac import SAC
+from rlkit.trainers.sac import SAC, td_target
 
 B = 64
 
@@ -109,7 +109,7 @@ def test_losses_and_one_update_equal_sb3s(pair) -> None:
 
 def test_the_update_moved_everything(pair) -> None:
     """The comparison above is not of two standing stills: each network moves far beyond its tolerance."""
-    theirs, ours, batch, noise = pair
+    _, ours, batch, noise = pair
     before = {
         part: [p.clone() for p in getattr(ours, part).parameters()] for part in ("actor", "critic", "critic_target")
     }
@@ -120,9 +120,7 @@ def test_the_update_moved_everything(pair) -> None:
 
 
 def test_target_equals_sb3s(pair) -> None:
-    theirs, ours, batch, noise = pair
-    from rlkit.trainers.sac import td_target
-
+    theirs, ours, batch, _ = pair
     with torch.no_grad():
         torch.manual_seed(3)
         next_actions, next_logp = theirs.actor.action_log_prob(batch["next_obs"])
@@ -132,10 +130,8 @@ def test_target_equals_sb3s(pair) -> None:
         torch.manual_seed(3)
         drawn = torch.normal(torch.zeros(B, 1), torch.ones(B, 1))
         action, logp = ours.actor.sample(batch["next_obs"], drawn)
-        mine = td_target(
-            batch["reward"], batch["discount"], batch["terminated"], ours.critic_target(batch["next_obs"], action), logp,
-            torch.tensor(0.5),
-        )  # fmt: skip
+        rows = (batch[name] for name in ("reward", "discount", "terminated"))
+        mine = td_target(*rows, ours.critic_target(batch["next_obs"], action), logp, torch.tensor(0.5))
     torch.testing.assert_close(mine, expected.squeeze(1), rtol=1e-5, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Stop and resume equals uninterrupted, bit for bit: weights, optimiser, buffer, random states, environments, metrics."""
+"""Stop and resume equals uninterrupted, bit for bit: everything a checkpoint holds, and the metrics."""
 
 from __future__ import annotations
 

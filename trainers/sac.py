@@ -2,10 +2,9 @@
 
 Paper: Haarnoja et al., Soft Actor-Critic Algorithms and Applications, arXiv:1812.05905. Equation numbers are its own.
 
-Deviations from the paper: none in the mathematics of the defaults, which are those of Stable-Baselines3 (learning starts
-after 100 steps instead of 10,000; log standard deviations are clamped to [-20, 2]). The temperature loss is
-log(alpha) times the entropy gap, as in Stable-Baselines3, because its gradient does not vanish with alpha;
-`ent_coef_loss="alpha"` is the paper's Eq. 18.
+Deviations from the paper: the defaults are Stable-Baselines3's (learning starts after 100 steps instead of 10,000; log
+standard deviations are clamped to [-20, 2]), and so is the loss of the temperature, log(alpha) times the entropy gap,
+because its gradient does not vanish with alpha; `ent_coef_loss="alpha"` is the paper's Eq. 18.
 Deviations from the authors' code (softlearning): its later versions put the mean of the critics into the actor's loss;
 here it is the minimum, as in the paper and in the target (`actor_critics="mean"` is the other reading, and REDQ's).
 
@@ -137,7 +136,8 @@ class Actor(nn.Module):
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Action (B, D) and log-probability (B,) for standard normal noise (B, D)."""
-        return tanh_gaussian(*self(obs), noise)
+        mean, log_std = self(obs)
+        return tanh_gaussian(mean, log_std, noise)
 
 
 class Critic(nn.Module):
