@@ -2,8 +2,8 @@
 
 An algorithm is a subclass with `build`, `collect` and `update`; the loop alternates between gathering experience and
 the updates owed for it. Its whole state is two numbers (`clock`, `owed`), the named random streams and the parts
-registered by `track`. Checkpoints walk that registry, so a run that stops and resumes computes what an uninterrupted one
-does, bit for bit on a CPU, and no algorithm writes saving code.
+registered by `track`. Checkpoints walk that registry, so a run that stops and resumes computes what an uninterrupted
+one does, bit for bit on a CPU, and no algorithm writes saving code.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Trainer:
             open_folder(self.folder, dump_yaml(self.saved_config()))
         self.before_learning()
         with Run(self, self.folder, progress=progress_bar, callback=callback) as run:
-            while not run.stopping and (self.clock < self.target or self.owed >= 1):
+            while not run.stopping and not self._done:
                 if self.owed < 1:
                     self.clock += self.collect()
                     run.after_collect()
@@ -188,6 +188,11 @@ class Trainer:
                         self.clock += 1
                 run.tick()
         return self
+
+    @property
+    def _done(self) -> bool:
+        """The budget is used up; one of environment steps includes the updates owed for them."""
+        return self.clock >= self.target and (self.counts == "updates" or self.owed < 1)
 
     def before_learning(self) -> None:
         """Whatever has to be open before the loop, such as environments."""
@@ -246,7 +251,7 @@ class Trainer:
     def finished(self) -> bool:
         """Whether a resumed run has nothing left to do."""
         evaluated = self.marks["evaluated_at"] == self.clock or self.config.eval_episodes == 0
-        return self.clock >= self.target and self.owed < 1 and (evaluated or not self.can_evaluate())
+        return self._done and (evaluated or not self.can_evaluate())
 
     # Evaluation
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -51,8 +52,8 @@ PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
     "discrete actions of an object": (lambda: sac([discrete]), "SAC needs `Box` actions, got `Discrete(3)`"),
     "unbounded actions": (
         lambda: sac([lambda: Spaces(action=Box(-np.inf, np.inf, (2,), np.float32))]),
-        "SAC needs bounded `Box` actions of floats; this action space is Box(-inf, inf, (2,), float32), unbounded in "
-        "dimension 0; give it finite bounds: env = gymnasium.wrappers.TransformAction(",
+        "action space is Box(-inf, inf, (2,), float32), unbounded in dimension 0; give it finite bounds: "
+        "env = gymnasium.wrappers.TransformAction(",
     ),
     "discrete observations": (
         lambda: sac([lambda: Spaces(observation=Discrete(4))]),
@@ -121,10 +122,7 @@ PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
         "unknown reward `scal=0.1`, and no `module:function`; did you mean `scale`?",
     ),
     "reward argument": (lambda: sac(reward="clip=5,1"), "reward `clip=5,1`: clip needs low < high, got 5.0 and 1.0"),
-    "reward module": (
-        lambda: sac(reward="no_such_module:f"),
-        "reward `no_such_module:f`: cannot import it: No module named 'no_such_module'",
-    ),
+    "reward module": (lambda: sac(reward="no_such_module:f"), "No module named 'no_such_module'"),
     "reward returns one value for four rows": (
         lambda: sac(n_envs=4, reward=[only_one]).learn(4),
         "reward `only_one` returned 1, expected 4 (one value a row)",
@@ -380,15 +378,13 @@ def test_resume_to_a_smaller_total(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_resume_of_an_edited_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     copy = Path("copy")
     shutil.copytree(run, copy)
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 5"))
     message = refused(capsys, "resume", str(copy), "--steps", "30")
     assert re.search(r"field +saved -> given\n +seed +0 -> 5", message)
-    assert "--allow-changes" in message
+    assert re.search("--allow-changes|allow_changes=True", message)
     assert main(["resume", str(copy), "--steps", "30", "--allow-changes"]) == 0
     config.write_text(config.read_text().replace("gamma: ", "gama: "))
     assert "unknown key `gama`; did you mean `gamma`?" in refused(capsys, "resume", str(copy))
@@ -410,8 +406,8 @@ def test_pickles_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_run_on_an_object_from_the_command_line(object_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It cannot be evaluated, resumed or repeated there: the message says where, and the run stays as it is."""
-    before = (fingerprint(object_run), (object_run / "config.yaml").read_bytes())
+    """It cannot be evaluated, resumed or repeated there: the message says what to do, and the run stays as it is."""
+    before = fingerprint(object_run)
     message = refused(capsys, "eval", str(object_run))
     assert "trained on an environment given in Python" in message
     assert f"rlkit.load('{object_run}', eval_env=make_env)" in message
@@ -419,7 +415,7 @@ def test_a_run_on_an_object_from_the_command_line(object_run: Path, capsys: pyte
     assert "pass them again, SAC.load(folder, reward=[...])" in message or "pass it again" in message
     message = refused(capsys, "train", "--config", str(object_run / "config.yaml"))
     assert "`env`: sac needs an environment" in message
-    assert (fingerprint(object_run), (object_run / "config.yaml").read_bytes()) == before
+    assert fingerprint(object_run) == before
 
 
 def test_objects_are_asked_for_in_python(object_run: Path) -> None:
