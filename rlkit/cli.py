@@ -156,7 +156,7 @@ def resume(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit resume", description="Finish an interrupted run, or go on to a larger total.")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--steps", type=count, metavar="N", help="new total, larger than the present one")
-    parser.add_argument("--allow-changes", action="store_true", help="go on although config.yaml was edited")
+    parser.add_argument("--allow-changes", "--allow_changes", action="store_true", help="go on although config.yaml was edited")
     given = parse(parser, args)
     from rlkit.signals import stop
     from rlkit.trainer import resume as resume_run

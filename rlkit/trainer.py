@@ -47,23 +47,23 @@ def versions() -> dict[str, str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of `auto`, `cpu`, `cuda`, `cuda:N`, `mps`.
+    """The torch device of `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UserError: unknown, or not on this machine.
+        UserError: another kind (Apple's MPS has no float64, which observations may be), or not on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"`device`: got {name!r}; allowed: auto, cpu, cuda, cuda:N, mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"`device`: got {name!r}; allowed: auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(
             f"`device`: {name!r} is not available: this PyTorch sees {torch.cuda.device_count()} CUDA devices"
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("`device`: 'mps' is not available on this machine")
     return device
 
 

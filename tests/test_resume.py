@@ -158,6 +158,33 @@ def test_edited_configuration_is_refused_with_a_table(tmp_path: Path) -> None:
     close(changed)
 
 
+def test_nothing_is_unpickled_on_the_way_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving, loading, resuming, evaluating and predicting, with every unpickler of Python, NumPy and PyTorch broken."""
+    import _pickle
+    import pickle
+
+    run = tmp_path / "run"
+    close(tiny("sac", out=str(run)).learn(40))
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a pickle was read")
+
+    for module, names in (
+        (pickle, ("load", "loads", "Unpickler", "_Unpickler", "_load", "_loads")),
+        (_pickle, ("load", "loads", "Unpickler")),
+        (torch, ("load",)),
+        (np, ("load",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
+    agent = rlkit.resume(run)
+    agent.target = 60
+    agent.learn()
+    close(agent)
+    loaded = rlkit.load(agent.save(tmp_path / "saved"), inference=True)
+    assert loaded.evaluate(1) is not None
+
+
 def test_environment_objects_have_to_be_given_again(tmp_path: Path) -> None:
     """A run on Python objects: predicts without them, says what is missing, and goes on exactly with them."""
     import gymnasium as gym
