@@ -156,7 +156,8 @@ def resume(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit resume", description="Finish an interrupted run, or go on to a larger total.")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--steps", type=count, metavar="N", help="new total, larger than the present one")
-    parser.add_argument("--allow-changes", "--allow_changes", action="store_true", help="go on although config.yaml was edited")
+    edited = ("--allow-changes", "--allow_changes")
+    parser.add_argument(*edited, action="store_true", help="go on although config.yaml was edited")
     given = parse(parser, args)
     from rlkit.signals import stop
     from rlkit.trainer import resume as resume_run
@@ -286,6 +287,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:  # for `module:function` and `module:EnvId`; last, so that it shadows nothing
+        sys.path.append(os.getcwd())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the locale lacks `±`, or a letter of a path

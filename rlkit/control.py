@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlkit import envs, registry, rewards
 from rlkit.buffer import Field, RolloutBuffer, dtype_of
-from rlkit.config import Count, Fraction, Positive, RunConfig, Strict, Whole, merge
+from rlkit.config import Count, Fraction, Positive, RunConfig, Strict, Whole, merge, to_dict, validate
 from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatten_obs, space_from_json, space_to_json
 from rlkit.envs.vector import VectorAdapter
 from rlkit.errors import CheckpointError, UserError, did_you_mean
@@ -141,8 +141,7 @@ class ControlTrainer(Trainer):
             fields["reward"] = tuple(rewards.spec_of(m) for m in modules)
         if isinstance(env, str):
             fields["env"] = env
-        if config is None:
-            config = self.make_config(fields)
+        config = self.make_config(fields) if config is None else validate(self.Config, to_dict(config))
         self._spec = env if env is not None and not isinstance(env, str) else config.env
         self._eval_env = eval_env
         self._adapter: VectorAdapter | None = None

@@ -159,9 +159,9 @@ def test_edited_configuration_is_refused_with_a_table(tmp_path: Path) -> None:
 
 
 def test_nothing_is_unpickled_on_the_way_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving, loading, resuming, evaluating and predicting, with every unpickler of Python, NumPy and PyTorch broken."""
+    """Resuming, saving, loading and evaluating with every unpickler of Python, NumPy and PyTorch broken."""
     import _pickle
-    import pickle
+    import pickle  # noqa: TID251
 
     run = tmp_path / "run"
     close(tiny("sac", out=str(run)).learn(40))
