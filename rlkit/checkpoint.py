@@ -488,7 +488,9 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
     if not _NAME.fullmatch(name) or name == MANIFEST:  # no separator, no "..", no drive
         raise CheckpointError(f"{path}: refused: {name!r} is not a plain file name")
     if name.endswith(_PICKLED):
-        raise CheckpointError(f"{path}: refused: {name!r}: a pickle can run code; see `rlkit convert`")
+        raise CheckpointError(
+            f"{path}: refused: {name!r}: a pickle can run code; only folders written by `save` are read"
+        )
     if (
         not isinstance(entry, dict)
         or type(entry.get("bytes")) is not int
@@ -522,7 +524,9 @@ def _refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(2)
     if path.suffix.lower() in _PICKLED or head == b"PK" or head[:1] == b"\x80":
-        raise CheckpointError(f"refused: {path} looks like a pickle, and a pickle can run code; see `rlkit convert`")
+        raise CheckpointError(
+            f"refused: {path} looks like a pickle, and a pickle can run code; only folders written by `save` are read"
+        )
     raise CheckpointError(f"{path} is a file; give the folder that holds {MANIFEST}")
 
 

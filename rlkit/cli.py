@@ -102,7 +102,12 @@ def train(args: Sequence[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields, such as a run's config.yaml")
     add_arguments(parser, cls.Config)
     given = vars(parse(parser, rest))
-    fields = merge(file, read_arguments(cls.Config, given))
+    options = read_arguments(cls.Config, given)
+    if path is not None:
+        cls.make_config({k: v for k, v in file.items() if k != "steps"}, path)  # so that errors name where they are
+        if isinstance(options.get("preset"), str):  # asked for here, it goes over the file
+            options = merge(cls.preset_fields(options["preset"], {**file, **options}.get("env")), options)
+    fields = merge(file, options)
     embedded = {} if "env" in fields else cls.default_task
     fields = merge(embedded, fields)
     in_file = fields.pop("steps", None)
@@ -114,7 +119,7 @@ def train(args: Sequence[str]) -> int:
     from rlkit.signals import stop
 
     with stop:
-        trainer = cls(config=cls.make_config(fields, given["config"] or ""))
+        trainer = cls(config=cls.make_config(fields))
         return _learn(trainer, steps)
 
 
@@ -287,8 +292,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if os.getcwd() not in sys.path:  # for `module:function` and `module:EnvId`; last, so that it shadows nothing
-        sys.path.append(os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:  # for `module:function` and `module:EnvId`; last, so that it shadows nothing
+        sys.path.append(here)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the locale lacks `±`, or a letter of a path

@@ -163,10 +163,11 @@ class ControlTrainer(Trainer):
         self.flat_observation_space = flat_space(self.observation_space)
         self.scale = ActionScale(self.action_space) if isinstance(self.action_space, gym.spaces.Box) else None
         self.n_envs = self._adapter.num_envs if self._adapter is not None else config.n_envs
-        context = {"gamma": config.gamma, "n_envs": self.n_envs}
-        self._missing_rewards = [r for r in config.reward if r.startswith("<")] if modules is None else []
-        chosen = modules if modules is not None else [r for r in config.reward if r not in self._missing_rewards]
-        self.reward = rewards.Chain([rewards.resolve(m, **context) for m in chosen])
+        self._reward_specs: Sequence[str | rewards.RewardModule] = config.reward if modules is None else modules
+        self._reward: rewards.Chain | None = None
+        self._pending_reward_state: Mapping[str, Any] | None = None
+        if saved is None:
+            self._open_reward(config)  # a wrong name is an error at once; of a loaded trainer, at its first use
         self.window: deque[tuple[float, int, bool | None]] = deque(maxlen=WINDOW)
         self.n_step = NStep(getattr(config, "n_steps", 1), config.gamma, self.n_envs)
         self.vector_steps, self.since_update = 0, 0
@@ -256,17 +257,32 @@ class ControlTrainer(Trainer):
         for message in adapter.load_state_dict(state):
             print(message, file=sys.stderr)
 
+    @property
+    def reward(self) -> rewards.Chain:
+        """The reward modules. Those of a loaded trainer are imported at first use: never just to predict."""
+        return self._reward if self._reward is not None else self._open_reward(self.config)
+
+    def _open_reward(self, config: Any) -> rewards.Chain:
+        lost = [spec for spec in self._reward_specs if isinstance(spec, str) and spec.startswith("<")]
+        if lost:
+            raise UserError(
+                f"this run learned from the Python rewards {', '.join(lost)}: pass them again, "
+                f"{type(self).__name__}.load(folder, reward=[...])"
+            )
+        context = {"gamma": config.gamma, "n_envs": self.n_envs}
+        self._reward = rewards.Chain([rewards.resolve(spec, **context) for spec in self._reward_specs])
+        if self._pending_reward_state is not None:
+            self._reward.load_state_dict(self._pending_reward_state)
+        return self._reward
+
     def close(self) -> None:
         """Close environments and worker processes; also done when the trainer is deleted."""
         if self._adapter is not None:
             self._adapter.close()
 
     def before_learning(self) -> None:
-        if self._missing_rewards:
-            raise UserError(
-                f"this run learned from the Python rewards {', '.join(self._missing_rewards)}: pass them again, "
-                f"{type(self).__name__}.load(folder, reward=[...])"
-            )
+        if self._reward is None:
+            self._open_reward(self.config)
         if self.env.obs is None:
             self.env.reset()
 
@@ -416,7 +432,7 @@ class ControlTrainer(Trainer):
         return None if result is None else {**result.record(), "eval/returns": result.returns}
 
     def describe(self) -> str:
-        source = self.config.env or type(self._spec).__name__
+        source = self.config.env or "an environment object"
         sizes = f"observations {self.obs_dim}, actions {self.action_dim}"
         lines = [super().describe(), f"environment: {self.n_envs} x {source}, {sizes}"]
         if hasattr(self, "buffer"):
@@ -455,7 +471,7 @@ class ControlTrainer(Trainer):
                 "action": space_to_json(self.action_space),
             },
             "env": adapter_state,
-            "reward": self.reward.state_dict(),
+            "reward": self._pending_reward_state if self._reward is None else self._reward.state_dict(),
             "n_step": self.n_step.state_dict(),
             "window": [list(episode) for episode in self.window],
             "collect": {"vector_steps": self.vector_steps, "since_update": self.since_update},
@@ -466,8 +482,9 @@ class ControlTrainer(Trainer):
         super().load_state(files)
         state = files["state"]
         try:
-            if not self._missing_rewards:
-                self.reward.load_state_dict(state["reward"])
+            self._pending_reward_state = state["reward"]
+            if self._reward is not None:
+                self._reward.load_state_dict(state["reward"])
             self.n_step.load_state_dict(state["n_step"])
             self.window = deque((tuple(episode) for episode in state["window"]), maxlen=WINDOW)
             self.vector_steps, self.since_update = state["collect"]["vector_steps"], state["collect"]["since_update"]

@@ -413,9 +413,14 @@ def _tensorboard(folder: Path, purge_step: int | None) -> Callable[[], tuple[Log
     return open_it
 
 
-def _wandb(folder: Path | None, project: str, config: dict[str, Any]) -> Callable[[], tuple[Log, Close]]:
+def require_wandb() -> None:
+    """Raise UserError, with the install command, where the extra `wandb` is absent."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError('wandb is not installed; run: pip install "rlkit-trainers[wandb]"')
+
+
+def _wandb(folder: Path | None, project: str, config: dict[str, Any]) -> Callable[[], tuple[Log, Close]]:
+    require_wandb()
     run = {"id": secrets.token_hex(4), "project": project}  # not from the run's random streams
     if folder is not None:
         path = folder / "wandb.json"

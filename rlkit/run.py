@@ -107,7 +107,12 @@ class Run:
             self.finished_by_callback = True
 
     def tick(self) -> None:
-        """Whatever is due at the trainer's clock."""
+        """Whatever is due at the trainer's clock, once the updates owed for it are made.
+
+        Where updates are the clock, every one of them is a step of its own.
+        """
+        if self.trainer.owed >= 1 and self.trainer.counts == "env_steps":
+            return
         if self._due("log", self.config.log_every):
             self._write_metrics()
         if self._due("eval", self.config.eval_every):

@@ -26,7 +26,7 @@ from rlkit import checkpoint, registry
 from rlkit.buffer import RolloutBuffer
 from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, validate
 from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
-from rlkit.metrics import Meter
+from rlkit.metrics import Meter, require_wandb
 from rlkit.rng import Streams, derive
 from rlkit.run import Callback, Run, open_folder, records, refuse_run
 
@@ -92,6 +92,8 @@ class Trainer:
         self.folder = Path(config.out) if config.out is not None else None
         if self.folder is not None:
             refuse_run(self.folder)
+        if config.wandb:
+            require_wandb()
         self.device = resolve_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -164,13 +166,13 @@ class Trainer:
         if callback is not None and not callable(callback):
             raise UserError(f"`callback`: expected a function of the trainer, got {callback!r}")
         if total_timesteps is not None:
-            if total_timesteps < 1 or int(total_timesteps) != total_timesteps:
-                raise UserError(f"`total_timesteps`: got {total_timesteps!r}; allowed: an integer >= 1")
-            self.target = self.clock + int(total_timesteps)
+            self.target = self.clock + _whole(total_timesteps)
+        elif self.target == 0:
+            raise UserError("`total_timesteps`: how many? `learn(100_000)`; only a resumed run knows by itself")
         self.horizon = self.horizon or self.target
+        self.before_learning()
         if self.folder is not None:
             open_folder(self.folder, dump_yaml(self.saved_config()))
-        self.before_learning()
         with Run(self, self.folder, progress=progress_bar, callback=callback) as run:
             while not run.stopping and not self._done:
                 if self.owed < 1:
@@ -341,6 +343,11 @@ class Trainer:
         return validate(cls.Config, fields, source)
 
     @classmethod
+    def preset_fields(cls, preset: str, env: str | None) -> Mapping[str, Any]:
+        """The fields of a preset; families that have presets override this."""
+        raise UserError(f"`{cls.name}` has no presets")
+
+    @classmethod
     def load(cls, folder: str | Path, *, inference: bool = False, allow_changes: bool = False, **given: Any) -> Self:
         """A trainer from a run folder, a checkpoint or a saved folder.
 
@@ -373,7 +380,8 @@ class Trainer:
         changed = differences({k: saved.get(k) for k in given}, to_dict_values(given))
         if changed and not allow_changes:
             raise UserError(
-                f"these differ from {path}:\n{changed}\nUse `allow_changes=True` to go on with the given ones."
+                f"these differ from {path}:\n{changed}\n"
+                "Use `allow_changes=True` (`--allow-changes`) to go on with the given ones."
             )
         config = cls.make_config({**merge(saved, given), "out": None}, source=str(path / "config.yaml"))
         self = cls(config=config, saved=files["state"], **objects)
@@ -388,6 +396,21 @@ class Trainer:
     def is_object(cls, key: str, value: Any) -> bool:
         """Whether a keyword is a Python object that belongs to the constructor rather than to the configuration."""
         return False
+
+
+def _whole(total: Any) -> int:
+    """`total` as an int.
+
+    Raises:
+        UserError: it is no whole number of at least 1.
+    """
+    try:
+        whole = int(total)
+    except (TypeError, ValueError, OverflowError):
+        whole = 0
+    if whole < 1 or whole != total:
+        raise UserError(f"`total_timesteps`: got {total!r}; allowed: an integer >= 1")
+    return whole
 
 
 def to_dict_values(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -446,6 +469,7 @@ def resume(run: str | Path, *, allow_changes: bool = False, **given: Any) -> Tra
     edited = load_file(folder / "config.yaml")
     steps = edited.pop("steps", 0)
     edited.pop("trainer")
+    cls.make_config(edited, source=str(folder / "config.yaml"))
     if not checkpoint.has_checkpoints(folder):
         print(f"{folder} has no checkpoint yet: starting afresh", file=sys.stderr)
         return _afresh(cls, folder, edited, steps, given)

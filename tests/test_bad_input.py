@@ -106,7 +106,7 @@ PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
         "`policy_kwargs.net_arch`: got [0]; allowed: a list (each an integer >= 1) or a mapping with pi, qf",
     ),
     "preset": (lambda: sac(preset="droqq"), "`preset`: unknown `droqq`; did you mean `droq`?"),
-    "device": (lambda: sac(device="gpu"), "`device`: got 'gpu'; allowed: auto, cpu, cuda, cuda:N, mps"),
+    "device": (lambda: sac(device="gpu"), "`device`: got 'gpu'; allowed: auto, cpu, cuda, cuda:N"),
     # fields that conflict
     "more target critics than critics": (
         lambda: sac(target_critics=3),
@@ -262,7 +262,7 @@ COMMAND_LINE: dict[str, tuple[list[str], str]] = {
     "preset": ([*TRAIN, "--preset", "droqq"], "`preset`: unknown `droqq`; did you mean `droq`?"),
     "reward": ([*TRAIN, "--reward", "scal=0.1"], "unknown reward `scal=0.1`, and no `module:function`; did you mean"),
     "conflict": ([*TRAIN, "--target_critics", "3"], "`target_critics`: got 3, but `policy_kwargs.n_critics` is 2"),
-    "device": ([*TRAIN, "--device", "gpu"], "`device`: got 'gpu'; allowed: auto, cpu, cuda, cuda:N, mps"),
+    "device": ([*TRAIN, "--device", "gpu"], "`device`: got 'gpu'; allowed: auto, cpu, cuda, cuda:N"),
     **{
         f"steps {steps}": (["train", "sac", "--steps", steps], f"--steps: got {steps!r}; allowed: an integer >= 1")
         for steps in ("0", "-5", "1.5", "abc", "nan", "inf", "1e400", "")

@@ -94,6 +94,32 @@ def test_a_signal_during_evaluation_is_obeyed_and_the_evaluation_done_at_resume(
     assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("gradient_steps", [1, 5, -1])
+def test_the_last_evaluation_is_of_the_final_policy(gradient_steps: int, tmp_path: Path) -> None:
+    """Evaluations wait for the updates owed: the last record is what the saved agent gets on the same episodes."""
+    from rlkit.metrics import read_jsonl
+
+    agent = tiny("sac", out=str(tmp_path / "run"), gradient_steps=gradient_steps).learn(80)
+    last = read_jsonl(tmp_path / "run" / "eval.jsonl")[-1]
+    assert last["step"] == 80
+    assert rlkit.load(tmp_path / "run", inference=True).evaluate(1)["eval/returns"] == last["eval/returns"]
+    assert agent.evaluate(1)["eval/returns"] == last["eval/returns"]
+    close(agent)
+
+
+def test_predicting_imports_no_reward_of_the_folder(tmp_path: Path) -> None:
+    """A folder may name any module as its reward; it is imported to go on learning, not to load and predict."""
+    folder = tiny("sac").learn(20).save(tmp_path / "agent")
+    config = folder / "config.yaml"
+    parts, about = checkpoint.load(folder)
+    parts["config.yaml"] = config.read_text().replace("reward: []", "reward: ['antigravity_of_a_stranger:fly']")
+    checkpoint.save(folder, parts, about=about)
+    loaded = rlkit.load(folder)
+    assert loaded.predict(np.zeros(3, np.float32))[0].shape == (1,)
+    with pytest.raises(UserError, match="antigravity_of_a_stranger"):
+        loaded.learn(1)
+
+
 def test_a_run_without_checkpoint_starts_afresh_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import shutil
 

@@ -183,7 +183,7 @@ def test_a_callback_can_end_a_run() -> None:
         agent.learn(1, callback="no function")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("total", [0, -5, 1.5])
+@pytest.mark.parametrize("total", [0, -5, 1.5, "100", float("nan"), float("inf"), None])
 def test_wrong_totals(total: Any) -> None:
     with pytest.raises(UserError, match="total_timesteps"):
         make().learn(total)
