@@ -8,6 +8,7 @@ offline trainer overrides `collect`.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -141,12 +142,11 @@ class ControlTrainer(Trainer):
             fields["reward"] = tuple(rewards.spec_of(m) for m in modules)
         if isinstance(env, str):
             fields["env"] = env
-        config = self.make_config(fields) if config is None else validate(self.Config, to_dict(config))
+        config = self.config = self.make_config(fields) if config is None else validate(self.Config, to_dict(config))
         self._spec = env if env is not None and not isinstance(env, str) else config.env
         self._eval_env = eval_env
         self._adapter: VectorAdapter | None = None
         self._pending_env_state: Mapping[str, Any] | None = None
-        self._config_for_env = config
         if saved is not None and "spaces" in saved:
             self.observation_space = space_from_json(saved["spaces"]["observation"])
             self.action_space = space_from_json(saved["spaces"]["action"])
@@ -157,17 +157,19 @@ class ControlTrainer(Trainer):
         else:
             self.observation_space = self.env.raw_observation_space
             self.action_space = self.env.action_space
+            # What a given object has is what the saved configuration says.
+            config = self.config = dataclasses.replace(config, n_envs=self.env.num_envs)
+        self.n_envs: int = config.n_envs
         kind = type(self.action_space).__name__
         fitting = [name for name, entry in registry.entries().items() if kind in entry.actions]
         check_action_space(self.action_space, self.action_spaces, type(self).__name__, fitting)
         self.flat_observation_space = flat_space(self.observation_space)
         self.scale = ActionScale(self.action_space) if isinstance(self.action_space, gym.spaces.Box) else None
-        self.n_envs = self._adapter.num_envs if self._adapter is not None else config.n_envs
         self._reward_specs: Sequence[str | rewards.RewardModule] = config.reward if modules is None else modules
         self._reward: rewards.Chain | None = None
         self._pending_reward_state: Mapping[str, Any] | None = None
         if saved is None:
-            self._open_reward(config)  # a wrong name is an error at once; of a loaded trainer, at its first use
+            self._open_reward()  # a wrong name is an error at once; of a loaded trainer, at its first use
         self.window: deque[tuple[float, int, bool | None]] = deque(maxlen=WINDOW)
         self.n_step = NStep(getattr(config, "n_steps", 1), config.gamma, self.n_envs)
         self.vector_steps, self.since_update = 0, 0
@@ -228,7 +230,7 @@ class ControlTrainer(Trainer):
             UserError: the run's environment was a Python object and none was given to `load`.
         """
         if self._adapter is None:
-            config = self._config_for_env
+            config = self.config
             if self._spec is None:
                 raise UserError(
                     f"this run's environment was a Python object: pass it again, "
@@ -248,28 +250,28 @@ class ControlTrainer(Trainer):
         return self._adapter
 
     def _restore_env(self, adapter: VectorAdapter, state: Mapping[str, Any]) -> None:
-        saved, given = (
-            (self.observation_space, self.action_space),
-            (adapter.raw_observation_space, adapter.action_space),
-        )
+        saved = (self.observation_space, self.action_space)
+        given = (adapter.raw_observation_space, adapter.action_space)
         if given != saved:
             raise UserError(f"the environment's spaces differ from the checkpoint's: {given} instead of {saved}")
         for message in adapter.load_state_dict(state):
             print(message, file=sys.stderr)
+        for env in np.flatnonzero(adapter.state_dict()["episode"] != state["episode"]).tolist():
+            self.n_step.clear(env)  # it had to be reset: its unfinished sums would span two episodes
 
     @property
     def reward(self) -> rewards.Chain:
         """The reward modules. Those of a loaded trainer are imported at first use: never just to predict."""
-        return self._reward if self._reward is not None else self._open_reward(self.config)
+        return self._reward if self._reward is not None else self._open_reward()
 
-    def _open_reward(self, config: Any) -> rewards.Chain:
+    def _open_reward(self) -> rewards.Chain:
         lost = [spec for spec in self._reward_specs if isinstance(spec, str) and spec.startswith("<")]
         if lost:
             raise UserError(
                 f"this run learned from the Python rewards {', '.join(lost)}: pass them again, "
                 f"{type(self).__name__}.load(folder, reward=[...])"
             )
-        context = {"gamma": config.gamma, "n_envs": self.n_envs}
+        context = {"gamma": self.config.gamma, "n_envs": self.n_envs}
         self._reward = rewards.Chain([rewards.resolve(spec, **context) for spec in self._reward_specs])
         if self._pending_reward_state is not None:
             self._reward.load_state_dict(self._pending_reward_state)
@@ -282,7 +284,7 @@ class ControlTrainer(Trainer):
 
     def before_learning(self) -> None:
         if self._reward is None:
-            self._open_reward(self.config)
+            self._open_reward()
         if self.env.obs is None:
             self.env.reset()
 
@@ -415,7 +417,7 @@ class ControlTrainer(Trainer):
             return self._eval_env
         if self._adapter is not None:
             return self._adapter.make_single
-        return envs.single(self._spec, self._config_for_env.env_kwargs) if isinstance(self._spec, str) else None
+        return envs.single(self._spec, self.config.env_kwargs) if isinstance(self._spec, str) else None
 
     def can_evaluate(self) -> bool:
         return self.make_eval_env() is not None

@@ -217,7 +217,8 @@ def test_environment_objects_have_to_be_given_again(tmp_path: Path) -> None:
 
     thunks = [lambda: gym.make("Pendulum-v1") for _ in range(2)]
     tiny_fields = {"policy_kwargs": {"net_arch": [8]}, "batch_size": 8, "buffer_size": 100, "learning_starts": 10}
-    agent = rlkit.SAC(thunks, **tiny_fields).learn(30)
+    agent = rlkit.SAC(thunks, n_steps=3, reward=["normalize"], **tiny_fields).learn(30)
+    assert agent.config.n_envs == 2
     folder = agent.save(tmp_path / "agent")
     alone = rlkit.load(folder)
     assert alone.predict(np.zeros(3, np.float32))[0].shape == (1,)
@@ -237,9 +238,10 @@ def test_an_environment_that_cannot_be_restored_is_reset_and_named(
 
     venv = gym.make_vec("Pendulum-v1", num_envs=2)
     fields = {"policy_kwargs": {"net_arch": [8]}, "batch_size": 8, "buffer_size": 100, "learning_starts": 10}
-    folder = rlkit.SAC(venv, **fields).learn(30).save(tmp_path / "agent")
-    rlkit.SAC.load(folder, env=gym.make_vec("Pendulum-v1", num_envs=2)).learn(10)
+    folder = rlkit.SAC(venv, n_steps=5, **fields).learn(30).save(tmp_path / "agent")
+    agent = rlkit.SAC.load(folder, env=gym.make_vec("Pendulum-v1", num_envs=2)).learn(2)
     assert "reset" in capsys.readouterr().err
+    assert [len(rows) for rows in agent.n_step._waiting] == [1, 1], "no sum spans the reset"
 
 
 def test_other_spaces_at_load_are_refused(tmp_path: Path) -> None:
