@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-DEMO_STEPS ?= 10000
+DEMO_STEPS ?= 12000
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint types bench clean
@@ -28,6 +28,7 @@ install: $(VENV)/ready
 demo: install
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
 	$(BIN)/rlkit train sac --env HalfCheetah-v5 --steps $(DEMO_STEPS) --seed 0 \
+	    --learning_rate 1e-3 --ent_coef auto_0.1 --batch_size 128 \
 	    --eval_every 2000 --log_every 1000 --eval_episodes 5 --out $$run && \
 	echo "learning curve: $$($(BIN)/rlkit plot $$run)"
 

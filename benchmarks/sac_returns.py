@@ -141,11 +141,12 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
             (line,) = axis.plot(steps, mean, label=label)
             if not np.isnan(low).any():
                 axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        axis.set(title=task, xlabel="environment steps", ylabel="return, 10 episodes")
+        seeds = min(len(values) for side in sides.values() for values in side.values())
+        label = f"{task}, {seeds} seeds" if seeds > 1 else f"{task}, n=1, no interval"
+        axis.set(title=label, xlabel="environment steps", ylabel="return, 10 episodes")
         axis.grid(alpha=0.3)
     axes[0][0].legend(frameon=False)
-    seeds = len({r["seed"] for r in rows})
-    canvas.suptitle(f"mean over {seeds} seeds, 95 % interval" if seeds > 1 else "n=1, no interval", fontsize=10)
+    canvas.suptitle("mean over seeds, 95 % interval", fontsize=10)
     canvas.tight_layout()
     canvas.savefig(path, dpi=110)
     plt.close(canvas)
