@@ -118,7 +118,10 @@ def report(rows: list[dict[str, str]]) -> str:
         mean, low, high = interval(theirs)
         own_mean, own_low, own_high = interval(ours)
         inside = "n=1, no interval" if len(theirs) < 2 else "yes" if low <= own_mean <= high else "no"
-        both = [f"{own_mean:.0f} [{own_low:.0f}, {own_high:.0f}]", f"{mean:.0f} [{low:.0f}, {high:.0f}]"]
+        both = [
+            f"{middle:.0f}" if len(theirs) < 2 else f"{middle:.0f} [{bottom:.0f}, {top:.0f}]"
+            for middle, bottom, top in ((own_mean, own_low, own_high), (mean, low, high))
+        ]
         lines.append([task, f"{last[task]:,}", str(len(ours)), *both, inside])
     header = ["task", "steps", "seeds", "rlkit: mean return [95 %]", "SB3: mean return [95 %]", "inside SB3's interval"]
     where = {f"{r['processor']}, {r['cores']} cores, 1 thread a run, two runs at a time; {r['versions']}" for r in rows}
