@@ -7,13 +7,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_STEPS ?= 12000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types bench clean
+.PHONY: help install demo test test-slow lint copy types package bench clean
 
 help:
 	@echo "make demo       train SAC on HalfCheetah-v5 for about two minutes and draw its learning curve"
 	@echo "make test       lint, type check and test (about ten minutes on two cores)"
 	@echo "make test-slow  the tests marked slow: learning, and fifty kills"
-	@echo "make lint types the checks alone"
+	@echo "make lint types package   the checks alone"
 	@echo "make bench      the benchmarks against Stable-Baselines3 (hours; see benchmarks/README.md)"
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -32,7 +32,7 @@ demo: install
 	    --eval_every 2000 --log_every 1000 --eval_episodes 5 --out $$run && \
 	echo "learning curve: $$($(BIN)/rlkit plot $$run)"
 
-test: lint types
+test: lint types package
 	$(BIN)/python -m pytest
 
 test-slow: install
@@ -42,11 +42,19 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+copy: install
+	@rm -rf build && mkdir -p build/copy
+	$(PIP) --no-deps --target build/copy .
+
 # On an installed copy: in the checkout, mypy would see only what lies under rlkit/.
-types: install
-	@rm -rf build/typed && mkdir -p build/typed
-	$(PIP) --no-deps --target build/typed .
-	MYPYPATH=build/typed $(BIN)/mypy -p rlkit
+types: copy
+	MYPYPATH=build/copy $(BIN)/mypy -p rlkit
+
+# The copy works from elsewhere, and brings no top-level `envs` or `trainers`.
+package: copy
+	@test ! -e build/copy/envs -a ! -e build/copy/trainers -a -e build/copy/rlkit/py.typed
+	cd build && PYTHONPATH=copy ../$(BIN)/python -c \
+	    "import rlkit, rlkit.envs; assert 'copy' in rlkit.__file__; rlkit.SAC; from rlkit.trainers import TRAINERS"
 
 bench: install
 	$(PIP) -e '.[bench]'
