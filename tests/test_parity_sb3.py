@@ -115,7 +115,9 @@ def test_the_update_moved_everything(pair) -> None:
     }
     ours._step(batch, noise, update_actor=True, update_target=True)
     for part, old in before.items():
-        moved = max(float((a - b).abs().max()) for a, b in zip(old, getattr(ours, part).parameters(), strict=True))
+        moved = max(
+            float((a - b).detach().abs().max()) for a, b in zip(old, getattr(ours, part).parameters(), strict=True)
+        )
         assert moved > 2e-5, part
 
 
