@@ -18,6 +18,8 @@ import gymnasium as gym
 from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 
+from rlkit.envs.given import GymVectorAdapter, SB3Adapter
+from rlkit.envs.own import TrackedAdapter
 from rlkit.envs.spaces import (
     ActionScale,
     check_action_space,
@@ -26,14 +28,7 @@ from rlkit.envs.spaces import (
     space_from_json,
     space_to_json,
 )
-from rlkit.envs.vector import (
-    EpisodeRecord,
-    GymVectorAdapter,
-    SB3Adapter,
-    TrackedAdapter,
-    VectorAdapter,
-    episode_seed,
-)
+from rlkit.envs.vector import EpisodeRecord, VectorAdapter, episode_seed
 from rlkit.errors import UserError, did_you_mean
 
 __all__ = [

@@ -126,7 +126,7 @@ def test_dict_observations_are_restored_exactly():
 
 
 def test_worker_processes_are_restored_exactly(monkeypatch):
-    monkeypatch.setattr("rlkit.envs.vector.REPLAY_CHUNK", 0.0)  # the longest conversation: one step a call
+    monkeypatch.setattr("rlkit.envs.own.REPLAY_CHUNK", 0.0)  # the longest conversation: one step a call
     check_exact(partial(envs.make, "Hopper-v5", n_envs=2, seed=4, vectorization_mode="async"), 47)
 
 
