@@ -82,7 +82,7 @@ class Run:
         with ExitStack() as undo:  # in the reverse order, if anything below fails
             stop.__enter__()
             undo.callback(stop.__exit__, None, None, None)
-            self.log = RunLog(
+            self.log = trainer.log = RunLog(
                 self.folder,
                 tensorboard=self.config.tensorboard and self.folder is not None,
                 wandb=self.config.wandb,

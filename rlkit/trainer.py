@@ -26,7 +26,7 @@ from rlkit import checkpoint, registry
 from rlkit.buffer import RolloutBuffer
 from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, validate
 from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
-from rlkit.metrics import Meter, require_wandb
+from rlkit.metrics import Meter, RunLog, require_wandb
 from rlkit.rng import Streams, derive
 from rlkit.run import Callback, Run, open_folder, records, refuse_run
 
@@ -75,6 +75,7 @@ class Trainer:
         clock: experience consumed so far, in units of `counts`.
         owed: gradient updates due for it before more is gathered.
         updates: gradient updates made.
+        log: of the present or last `learn`: `log.history` and `log.eval_history` hold its records, folder or not.
         rng: named random streams (`rng["sample"]`, …); an update receives its noise from them as an argument.
     """
 
@@ -99,6 +100,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.rng = Streams(config.seed, self.device)
         self.meter = Meter()
+        self.log: RunLog | None = None
         self.clock, self.owed, self.updates = 0, 0.0, 0
         self.target, self.horizon = 0, 0
         self.seconds = 0.0

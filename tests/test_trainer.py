@@ -86,6 +86,14 @@ def test_learns_the_line_and_counts_updates() -> None:
     assert float(layer.bias.detach()) == pytest.approx(-1, abs=0.01)
 
 
+def test_records_are_in_memory_without_a_folder() -> None:
+    agent = make(log_every=64).learn(192)  # eight epochs a record
+    assert agent.log is not None
+    assert [record["step"] for record in agent.log.history] == [64, 128, 192]
+    losses = [record["loss"] for record in agent.log.history]
+    assert losses == sorted(losses, reverse=True)
+
+
 def test_every_epoch_has_every_row_once() -> None:
     agent = make(batch_size=16)
     seen: list[list[float]] = []
