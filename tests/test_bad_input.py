@@ -7,10 +7,8 @@ arrive through the doors that users take: the trainer's class and `rlkit ...`, w
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +27,6 @@ from rlkit.cli import main
 from rlkit.errors import CheckpointError, EnvError, RlkitError, UserError
 
 SMALL: dict[str, Any] = {**TINY, "eval_episodes": 0}
-NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-NO_WANDB = pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="there is W&B here")
 
 
 def sac(env: Any = "Pendulum-v1", *args: Any, **fields: Any) -> Any:
@@ -168,15 +164,16 @@ def test_python(case: str) -> None:
     assert isinstance(error.value, ValueError), "what `except ValueError` expects"
 
 
-@NO_CUDA
 def test_a_device_that_is_not_there() -> None:
-    message = "`device`: 'cuda' is not available: this PyTorch sees 0 CUDA devices"
+    """No machine has a hundredth GPU."""
+    message = f"`device`: 'cuda:99' is not available: this PyTorch sees {torch.cuda.device_count()} CUDA devices"
     with pytest.raises(UserError, match=re.escape(message)):
-        sac(device="cuda")
+        sac(device="cuda:99")
 
 
-@NO_WANDB
-def test_an_absent_extra_names_the_command_that_installs_it() -> None:
+def test_an_absent_extra_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
     with pytest.raises(UserError, match=re.escape('wandb is not installed; run: pip install "rlkit-trainers[wandb]"')):
         sac(wandb=True).learn(1)
 
@@ -284,9 +281,8 @@ def test_command_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(capsys, *args)
 
 
-@NO_CUDA
-def test_command_line_without_cuda(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "'cuda' is not available" in refused(capsys, *TRAIN, "--device", "cuda")
+def test_command_line_with_an_absent_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'cuda:99' is not available" in refused(capsys, *TRAIN, "--device", "cuda:99")
 
 
 @pytest.mark.parametrize(
@@ -325,14 +321,6 @@ def test_a_run_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str])
     Path("file").write_text("")
     for out in ("file", "file/run"):
         assert f"cannot write the run folder {out}: " in refused(capsys, *TRAIN, "--out", out)
-
-
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tmp_path.chmod(0o500)
-    assert f"cannot write the run folder {tmp_path / 'run'}: " in refused(
-        capsys, *TRAIN, "--out", str(tmp_path / "run")
-    )
 
 
 def test_an_environment_that_fails_is_not_the_users_command(capsys: pytest.CaptureFixture[str]) -> None:
