@@ -421,6 +421,17 @@ def load(folder: str | Path, only: Collection[str] | None = None) -> tuple[dict[
     return {part: _read_part(place, part, files) for part in sorted(wanted)}, manifest["about"]
 
 
+def parts(folder: str | Path) -> set[str]:
+    """The parts of a checkpoint, by its manifest.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    place = Path(folder)
+    _refuse_pickle(place)
+    return {entry["part"] for entry in _read_manifest(place)["files"].values()}
+
+
 def _read_part(place: Path, part: str, files: Mapping[str, Any]) -> Any:
     if part in files:
         try:

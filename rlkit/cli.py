@@ -94,8 +94,8 @@ def train(args: Sequence[str]) -> int:
     parser = Parser(
         prog=f"rlkit train {name}",
         description=doc.strip().split("\n")[0],
-        epilog=f"Without --env, or with no argument at all: {_task(cls)}. Fields of the file and of the command line "
-        "go by the same names.",
+        epilog=f"Without {' and '.join(f'--{field}' for field in cls.task_fields)}, or with no argument at all: "
+        f"{_task(cls)}. Fields of the file and of the command line go by the same names.",
         allow_abbrev=False,
     )
     parser.add_argument("--steps", type=count, metavar="N", help=f"budget in {cls.counts.replace('_', ' ')}")
@@ -108,12 +108,12 @@ def train(args: Sequence[str]) -> int:
         if isinstance(options.get("preset"), str):  # asked for here, it goes over the file
             options = merge(cls.preset_fields(options["preset"], {**file, **options}.get("env")), options)
     fields = merge(file, options)
-    embedded = {} if "env" in fields else cls.default_task
+    embedded = {} if any(field in fields for field in cls.task_fields) else cls.default_task
     fields = merge(embedded, fields)
     in_file = fields.pop("steps", None)
     steps = given["steps"] or (cls.default_steps if in_file is None else _count_in(path, in_file))
     if embedded:
-        print(f"no environment given: the embedded task, {_task(cls, steps)}")
+        print(f"no task given: the embedded one, {_task(cls, steps)}")
     if fields.get("out") is None:
         fields["out"] = str(_new_folder(name, fields))
     from rlkit.signals import stop
@@ -125,7 +125,7 @@ def train(args: Sequence[str]) -> int:
 
 def _task(cls: type[Trainer], steps: int | None = None) -> str:
     task = cls.default_task
-    what = task.get("env", task.get("data", "nothing"))
+    what = next((task[field] for field in cls.task_fields if field in task), "nothing")
     return f"{what} for {steps or task.get('steps', cls.default_steps):,} steps"
 
 
@@ -139,7 +139,8 @@ def _count_in(path: str, steps: Any) -> int:
 
 def _new_folder(name: str, fields: dict[str, Any]) -> Path:
     """A folder under `runs/` that does not exist yet."""
-    task = str(fields.get("env") or "run").replace("/", "_").replace(":", "_")
+    what = str(fields.get("env") or Path(str(fields.get("data") or "run")).name.split(".")[0])
+    task = what.replace("/", "_").replace(":", "_")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     base = Path("runs") / f"{name}-{task}-seed{fields.get('seed', 0)}-{stamp}"
     folder, number = base, 2
@@ -186,7 +187,7 @@ def resume(args: Sequence[str]) -> int:
 def evaluate(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit eval", description="Evaluate the newest checkpoint of a run, deterministically.")
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or saved folder")
-    parser.add_argument("--episodes", type=count, default=10, metavar="N")
+    parser.add_argument("--episodes", type=count, metavar="N", help="episodes, or rows [default: the run's own]")
     parser.add_argument("--seed", type=int, metavar="S", help="episode k is reset with a seed derived from (S, k)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     given = parse(parser, args)
@@ -196,26 +197,12 @@ def evaluate(args: Sequence[str]) -> int:
 
     trainer = load(given.run, inference=True)
     if not trainer.can_evaluate():
-        raise UserError(
-            f"{given.run} was trained on an environment given in Python, which no file can hold: evaluate it there, "
-            f"rlkit.load({given.run!r}, eval_env=make_env).evaluate({given.episodes})"
-        )
-    record = trainer.evaluate(given.episodes, seed=given.seed)
+        raise UserError(f"{given.run}: {trainer.why_no_evaluation(given.run)}")
+    record = trainer.evaluate(given.episodes or trainer.config.eval_episodes or 10, seed=given.seed)
     assert record is not None  # nothing stops it here
-    values = {k.removeprefix("eval/"): v for k, v in record.items()}
-    result = {
-        "mean": values["mean_reward"],
-        "std": values["std_reward"],
-        "ci95": [values["ci95_low"], values["ci95_high"]],
-        "episodes": given.episodes,
-        "returns": values["returns"],
-    }
-    interval = (
-        f"95 % interval {result['ci95'][0]:.1f} to {result['ci95'][1]:.1f}" if given.episodes > 1 else "no interval"
-    )
-    print(f"{trainer.describe_evaluation(record)} (n={given.episodes}, {interval})")
+    print(trainer.describe_evaluation(record))
     if given.json:
-        print(json.dumps(_no_nan(result)))
+        print(json.dumps(_no_nan(trainer.evaluation_json(record))))
     return 0
 
 

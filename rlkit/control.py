@@ -422,6 +422,12 @@ class ControlTrainer(Trainer):
     def can_evaluate(self) -> bool:
         return self.make_eval_env() is not None
 
+    def why_no_evaluation(self, run: str) -> str:
+        return (
+            "trained on an environment given in Python, which no file can hold: evaluate it there, "
+            f"rlkit.load({run!r}, eval_env=make_env).evaluate(10)"
+        )
+
     def evaluate(
         self, episodes: int = 10, *, seed: int | None = None, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Any] | None:
@@ -442,9 +448,21 @@ class ControlTrainer(Trainer):
         return "\n".join(lines)
 
     def describe_evaluation(self, record: Mapping[str, Any]) -> str:
-        n = record["eval/episodes"]
-        spread = f" ± {record['eval/std_reward']:.1f}" if n > 1 else ""
-        return f"return {record['eval/mean_reward']:.1f}{spread} over {n} episodes"
+        n, mean = record["eval/episodes"], record["eval/mean_reward"]
+        if n == 1:
+            return f"return {mean:.1f} (n=1, no interval)"
+        interval = f"95 % interval {record['eval/ci95_low']:.1f} to {record['eval/ci95_high']:.1f}"
+        return f"return {mean:.1f} ± {record['eval/std_reward']:.1f} (n={n}, {interval})"
+
+    def evaluation_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        values = {k.removeprefix("eval/"): v for k, v in record.items()}
+        return {
+            "mean": values["mean_reward"],
+            "std": values["std_reward"],
+            "ci95": [values["ci95_low"], values["ci95_high"]],
+            "episodes": values["episodes"],
+            "returns": values["returns"],
+        }
 
     def _set_training(self, training: bool) -> None:
         for part in self._parts.values():

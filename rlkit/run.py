@@ -61,7 +61,7 @@ class Run:
         trainer: its clock, marks and configuration drive the schedules.
         folder: where files go; None keeps records in memory and skips evaluations and checkpoints.
         progress: show a progress bar (a terminal) or lines (a pipe).
-        callback: called with the trainer after each iteration that gathered experience; False ends the run.
+        callback: called with the trainer whenever the clock has advanced; False ends the run.
     """
 
     def __init__(
@@ -96,13 +96,14 @@ class Run:
             if self._progress:
                 self._progress.start()
                 undo.callback(self._progress.stop)
+            trainer.prepare(lambda: stop.requested)
             if trainer.marks["eval"] < 0:
                 self._evaluate()
             undo.pop_all()
         return self
 
-    def after_collect(self) -> None:
-        """Give the callback its turn."""
+    def advanced(self) -> None:
+        """Give the callback its turn: the clock has moved on."""
         if self.callback is not None and self.callback(self.trainer) is False:
             self.finished_by_callback = True
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -84,8 +84,14 @@ class Trainer:
     counts: ClassVar[Literal["env_steps", "updates"]] = "env_steps"
     default_task: ClassVar[Mapping[str, Any]] = {}
     """Fields, and `steps`, of the embedded task that `rlkit train NAME` runs without further arguments."""
-    default_steps: ClassVar[int] = 100_000
-    """Budget of `rlkit train NAME` where a task but no `--steps` is given."""
+    default_steps: ClassVar[int | None] = 100_000
+    """Budget of `rlkit train NAME` for a task without `--steps`; None: what `default_target` says."""
+    task_fields: ClassVar[tuple[str, ...]] = ("env",)
+    """Fields that name a task: without any of them, the embedded one is meant."""
+    modules_part: ClassVar[str] = "policy"
+    """Part of a checkpoint that holds the tracked modules."""
+    inference_parts: ClassVar[frozenset[str]] = frozenset({"policy", "state", "config.yaml"})
+    """Parts of a checkpoint that `load(inference=True)` reads, where they are there."""
 
     def __init__(self, config: RunConfig, *, saved: Mapping[str, Any] | None = None) -> None:
         """`saved`: the part `state` of a checkpoint that is about to be loaded."""
@@ -158,7 +164,7 @@ class Trainer:
         With several environments the last vector step may pass the target by up to n_envs - 1 steps.
 
         Args:
-            callback: called as `callback(trainer)` after experience was gathered; False ends the run.
+            callback: called as `callback(trainer)` whenever the clock has advanced; False ends the run.
             progress_bar: show progress on standard output.
 
         Raises:
@@ -170,7 +176,7 @@ class Trainer:
         if total_timesteps is not None:
             self.target = self.clock + _whole(total_timesteps)
         elif self.target == 0:
-            raise UserError("`total_timesteps`: how many? `learn(100_000)`; only a resumed run knows by itself")
+            self.target = self.default_target()
         self.horizon = self.horizon or self.target
         self.before_learning()
         if self.folder is not None:
@@ -179,7 +185,8 @@ class Trainer:
             while not run.stopping and not self._done:
                 if self.owed < 1:
                     self.clock += self.collect()
-                    run.after_collect()
+                    if self.counts == "env_steps":
+                        run.advanced()
                 else:
                     batch = self.batch()
                     metrics = self.update(batch)
@@ -190,8 +197,17 @@ class Trainer:
                         self._guard(metrics, batch)
                     if self.counts == "updates":
                         self.clock += 1
+                        run.advanced()
                 run.tick()
         return self
+
+    def default_target(self) -> int:
+        """The budget where none is given.
+
+        Raises:
+            UserError: this trainer has none of its own.
+        """
+        raise UserError("`total_timesteps`: how many? `learn(100_000)`; only a resumed run knows by itself")
 
     @property
     def _done(self) -> bool:
@@ -200,6 +216,9 @@ class Trainer:
 
     def before_learning(self) -> None:
         """Whatever has to be open before the loop, such as environments."""
+
+    def prepare(self, should_stop: Callable[[], bool]) -> None:
+        """Long work before the first evaluation and update, inside the run: it ends early when `should_stop`."""
 
     @property
     def progress(self) -> float:
@@ -251,6 +270,10 @@ class Trainer:
         """An evaluation's record in words."""
         return ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float))
 
+    def evaluation_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """An evaluation's record as `rlkit eval --json` prints it."""
+        return dict(record)
+
     @property
     def finished(self) -> bool:
         """Whether a resumed run has nothing left to do."""
@@ -262,6 +285,10 @@ class Trainer:
     def can_evaluate(self) -> bool:
         """Whether `evaluate` has what it needs."""
         return False
+
+    def why_no_evaluation(self, run: str) -> str:
+        """What to do where `can_evaluate` is false; `run` is the folder this trainer was loaded from."""
+        return f"`{self.name}` has no evaluation"
 
     def evaluate(
         self, episodes: int, *, seed: int | None = None, should_stop: Callable[[], bool] = lambda: False
@@ -283,7 +310,7 @@ class Trainer:
         """
         loop = {k: getattr(self, k) for k in ("clock", "owed", "updates", "target", "horizon")}
         files: dict[str, Any] = {
-            "policy": {},
+            self.modules_part: {},
             "optimizer": {},
             "buffer": {},
             "state": {
@@ -294,13 +321,24 @@ class Trainer:
             },
         }
         for name, part in self._parts.items():
-            files[_file_of(part)][name] = part.state_dict()
+            files[self._file_of(part)][name] = part.state_dict()
         return files
+
+    def documents(self) -> dict[str, str]:
+        """File name -> text of what else belongs into a checkpoint."""
+        return {}
+
+    def _file_of(self, part: Any) -> str:
+        if isinstance(part, nn.Module):
+            return self.modules_part
+        if isinstance(part, torch.optim.Optimizer):
+            return "optimizer"
+        return "buffer" if isinstance(part, RolloutBuffer) else "state"
 
     def load_state(self, files: Mapping[str, Any]) -> None:
         """The inverse of `state`; files that are absent (a load for inference) leave their parts as they are."""
         for name, part in self._parts.items():
-            file = _file_of(part)
+            file = self._file_of(part)
             if file not in files:
                 continue
             if name not in files[file]:
@@ -316,8 +354,8 @@ class Trainer:
         self.rng.load_state_dict(state["rng"])
         self.meter.load_state_dict(state["meter"])
 
-    def write_checkpoint(self, folder: Path) -> Path:
-        """The state and the configuration as a checkpoint folder."""
+    def write_checkpoint(self, folder: Path, only: Collection[str] | None = None) -> Path:
+        """The state and the configuration as a checkpoint folder; of the state's files those named in `only`."""
         about = {
             "trainer": self.name,
             "step": self.clock,
@@ -326,7 +364,9 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return checkpoint.save(folder, {**self.state(), "config.yaml": dump_yaml(self.saved_config())}, about=about)
+        files = {name: part for name, part in self.state().items() if only is None or name in only}
+        texts = {**self.documents(), "config.yaml": dump_yaml(self.saved_config())}
+        return checkpoint.save(folder, {**files, **texts}, about=about)
 
     def save(self, folder: str | Path) -> Path:
         """Write everything needed to predict or to go on learning into `folder` (a trailing `.zip` is dropped).
@@ -371,7 +411,8 @@ class Trainer:
     def _from_checkpoint(
         cls, path: Path, *, inference: bool = False, allow_changes: bool = False, **given: Any
     ) -> Self:
-        files, about = checkpoint.load(path, {"policy", "state", "config.yaml"} if inference else None)
+        parts = checkpoint.parts(path)
+        files, about = checkpoint.load(path, parts & cls.inference_parts if inference else parts)
         saved = yaml.safe_load(files["config.yaml"])
         saved.pop("steps", None)
         trainer = saved.pop("trainer", None)
@@ -386,13 +427,18 @@ class Trainer:
                 "Use `allow_changes=True` (`--allow-changes`) to go on with the given ones."
             )
         config = cls.make_config({**merge(saved, given), "out": None}, source=str(path / "config.yaml"))
-        self = cls(config=config, saved=files["state"], **objects)
+        self = cls._restored(config, files, path, objects)
         self.load_state(files)
         self.seconds = float(about.get("seconds", 0.0))
         self.folder = Path(out) if out is not None else None
         if not inference:
             _tell_versions(about)
         return self
+
+    @classmethod
+    def _restored(cls, config: Any, files: Mapping[str, Any], path: Path, objects: Mapping[str, Any]) -> Self:
+        """A trainer into which the state of the checkpoint at `path` can be loaded."""
+        return cls(config=config, saved=files["state"], **objects)
 
     @classmethod
     def is_object(cls, key: str, value: Any) -> bool:
@@ -418,14 +464,6 @@ def _whole(total: Any) -> int:
 def to_dict_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Given fields as they would stand in a file: tuples as lists, dataclasses as mappings."""
     return yaml.safe_load(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}))
-
-
-def _file_of(part: Any) -> str:
-    if isinstance(part, nn.Module):
-        return "policy"
-    if isinstance(part, torch.optim.Optimizer):
-        return "optimizer"
-    return "buffer" if isinstance(part, RolloutBuffer) else "state"
 
 
 def _tell_versions(about: Mapping[str, Any]) -> None:

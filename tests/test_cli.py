@@ -116,14 +116,14 @@ def test_training_in_a_pipe_prints_plain_lines(trained: tuple[Path, Any]) -> Non
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
-    assert lines[0] == "no environment given: the embedded task, Pendulum-v1 for 210 steps"
+    assert lines[0] == "no task given: the embedded one, Pendulum-v1 for 210 steps"
     assert lines[1] == f"sac: device cpu, float32, seed 0, folder {folder}"
     assert lines[2] == "environment: 1 x Pendulum-v1, observations 3, actions 1"
     assert lines[3].startswith("buffer: 300 rows x 38 B = 11.4 kB (obs 3 float32, action 1 float32, ")
     assert [line.split()[1] for line in lines[4:-3] if "evaluation" not in line] == ["70/210", "140/210", "210/210"]
     assert [line.split()[1] for line in lines[4:-3] if "evaluation" in line] == ["0/210", "105/210", "210/210"]
-    assert re.fullmatch(r"evaluation before \(step 0\): return -\d+\.\d over 1 episodes", lines[-3])
-    assert re.fullmatch(r"evaluation after \(step 210\): return -\d+\.\d over 1 episodes", lines[-2])
+    assert re.fullmatch(r"evaluation before \(step 0\): return -\d+\.\d \(n=1, no interval\)", lines[-3])
+    assert re.fullmatch(r"evaluation after \(step 210\): return -\d+\.\d \(n=1, no interval\)", lines[-2])
     assert lines[-1] == f"run folder: {folder}"
 
 
@@ -255,7 +255,7 @@ def test_eval(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["std"] == pytest.approx(std)
     low, high = stats.t.interval(0.95, 3, loc=mean, scale=std / 2)
     assert result["ci95"] == pytest.approx([low, high])
-    assert line == f"return {mean:.1f} ± {std:.1f} over 4 episodes (n=4, 95 % interval {low:.1f} to {high:.1f})"
+    assert line == f"return {mean:.1f} ± {std:.1f} (n=4, 95 % interval {low:.1f} to {high:.1f})"
 
     checkpoint = run / "checkpoints" / "step-0000000210"
     assert evaluation(capsys, str(checkpoint), "--episodes", "4", "--seed", "7") == (line, result)
@@ -267,7 +267,7 @@ def test_eval_of_one_episode_has_no_interval(run: Path, capsys: pytest.CaptureFi
     line, result = evaluation(capsys, str(run), "--episodes", "1")
     assert (result["std"], result["ci95"], result["episodes"]) == (None, [None, None], 1)
     assert result["returns"] == [result["mean"]]
-    assert line == f"return {result['mean']:.1f} over 1 episodes (n=1, no interval)"
+    assert line == f"return {result['mean']:.1f} (n=1, no interval)"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no POSIX locale")
@@ -276,7 +276,7 @@ def test_a_locale_without_unicode(run: Path) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = run_rlkit("eval", str(run), "--episodes", "2", env=plain)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"return -\d+\.\d \\xb1 \d+\.\d over 2 episodes \(n=2, .*\)\n", done.stdout)
+    assert re.fullmatch(r"return -\d+\.\d \\xb1 \d+\.\d \(n=2, .*\)\n", done.stdout)
 
 
 def test_resume_finishes_or_extends(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
