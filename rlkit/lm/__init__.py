@@ -1,0 +1,1 @@
+"""Language models: tokens, layouts, log-probabilities, sampling and the loop of the language trainers."""
