@@ -226,6 +226,14 @@ class RolloutBuffer:
             raise UserError(f"the buffer has no column `{name}`{did_you_mean(str(name), self._columns)}")
         return self._columns[name].read(self._size)
 
+    def lengths(self, name: str) -> torch.Tensor:
+        """(len,) int64: the lengths of the rows of a ragged column, in storage order; a view."""
+        column = self._columns.get(name)
+        if not isinstance(column, _Ragged):
+            ragged = [n for n, c in self._columns.items() if isinstance(c, _Ragged)]
+            raise UserError(f"the buffer has no ragged column `{name}`{did_you_mean(name, ragged)}")
+        return column.lengths.tensor[: self._size]
+
     def sample_ids(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """(n,) int64: row ids, drawn uniformly with replacement."""
         if self._size == 0:

@@ -9,6 +9,7 @@ or file and what to do, and an exit code for the command line:
 | `EnvError` | 1 | an environment raised, hung, died or produced NaN |
 | `CheckpointError` | 1 | a checkpoint is missing, incomplete, damaged or refused |
 | `DivergenceError` | 1 | a loss, gradient or parameter became non-finite |
+| `RewardError` (rlkit.rewards.text) | 1 | a reward function raised |
 | `Stopped` | 75 | a signal stopped the run; where it has a folder, a resumable checkpoint was written |
 """
 

@@ -1,6 +1,6 @@
 """Learning curves from run folders.
 
-One panel an environment; in it one curve for each group of runs of the same trainer and preset. A group of one run
+One panel a task; in it one curve for each group of runs of the same trainer and preset. A group of one run
 shows its evaluations; several runs show their mean with the 95 % Student interval over runs, at the steps that all of
 them evaluated.
 """
@@ -22,20 +22,30 @@ from rlkit.run import records
 
 Curve = tuple[np.ndarray, np.ndarray]
 
+SOURCES = (
+    ("eval.jsonl", "eval/mean_reward", "return", "evaluation"),
+    ("metrics.jsonl", "rollout/ep_rew_mean", "return", "training return"),
+    ("eval.jsonl", "eval_reward", "reward of sampled completions", "evaluation"),
+    ("eval.jsonl", "eval_rewards/accuracies", "accuracy on held-out pairs", "evaluation"),
+    ("eval.jsonl", "eval_loss", "loss", "evaluation"),
+    ("metrics.jsonl", "loss", "loss", "training loss"),
+)
+"""(file, key, axis, kind) of what is drawn: the first of them that a run has two records of."""
 
-def curve(run: Path) -> tuple[str, Curve]:
-    """Label of the values and (steps, values) of a run: evaluations if there are two or more, else training returns.
+
+def curve(run: Path) -> tuple[str, str, Curve]:
+    """Axis, kind and (steps, values) of a run: evaluations if there are two or more, else what training recorded.
 
     Raises:
         UserError: the run has nothing to draw yet.
     """
-    sources = (("eval.jsonl", "eval/mean_reward"), ("metrics.jsonl", "rollout/ep_rew_mean"))
-    for name, key in sources:
+    for name, key, axis, kind in SOURCES:
         points = [(r["step"], r[key]) for r in records(run, name) if key in r]
         if len(points) >= 2:
             steps, values = np.array(points, dtype=float).T
-            return key, (steps, values)
-    raise UserError(f"{run} has nothing to draw yet: no two records with {' or '.join(k for _, k in sources)}")
+            return axis, kind, (steps, values)
+    keys = ", ".join(key for _, key, _, _ in SOURCES)
+    raise UserError(f"{run} has nothing to draw yet: no two records with any of {keys}")
 
 
 def mean_interval(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -50,7 +60,7 @@ def mean_interval(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def group(run: Path) -> tuple[str, str]:
-    """(environment, label) that decide the panel and the curve of a run.
+    """(task, label) that decide the panel and the curve of a run.
 
     Raises:
         UserError: the folder holds no run.
@@ -61,7 +71,7 @@ def group(run: Path) -> tuple[str, str]:
     label = str(config.get("trainer", "?"))
     if config.get("preset") not in (None, "auto"):
         label += f" ({config['preset']})"
-    return str(config.get("env") or config.get("data") or "environment"), label
+    return str(config.get("env") or Path(str(config.get("data") or "task")).name), label
 
 
 def plot(runs: Sequence[Path], out: Path) -> Path:
@@ -74,14 +84,20 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
         raise UserError("no runs to draw")
     panels: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        env, label = group(run)
-        panels[env][label].append(run)
+        task, label = group(run)
+        panels[task][label].append(run)
     figure = Figure(figsize=(6.4 * len(panels), 4.2))
     axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, (env, groups) in zip(axes[0], panels.items(), strict=True):
-        for label, members in groups.items():
-            _draw(axis, label, [curve(run) for run in members])
-        axis.set(title=env, xlabel="environment steps", ylabel="return")
+    for axis, (task, groups) in zip(axes[0], panels.items(), strict=True):
+        curves = {label: [curve(run) for run in members] for label, members in groups.items()}
+        labels = {what for members in curves.values() for what, _, _ in members}
+        if len(labels) > 1:
+            raise UserError(
+                f"the runs on {task} have no figure in common ({', '.join(sorted(labels))}); draw them apart"
+            )
+        for label, members in curves.items():
+            _draw(axis, label, [(kind, values) for _, kind, values in members])
+        axis.set(title=task, xlabel="environment steps" if labels == {"return"} else "steps", ylabel=labels.pop())
         axis.grid(alpha=0.3)
         axis.legend(loc="best", frameon=False)
     figure.tight_layout()
@@ -94,9 +110,9 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
 
 def _draw(axis: Any, label: str, labelled: Sequence[tuple[str, Curve]]) -> None:
     curves = [values for _, values in labelled]
-    kinds = {"evaluation" if key.startswith("eval") else "training return" for key, _ in labelled}
+    kinds = {kind for kind, _ in labelled}
     if len(kinds) > 1:
-        raise UserError(f"some runs of {label} have evaluations and others only training returns; draw them apart")
+        raise UserError(f"some runs of {label} have evaluations and others only training records; draw them apart")
     (what,) = kinds
     steps, mean, low, high = mean_interval(curves)
     n = len(curves)

@@ -41,6 +41,17 @@ def refuse_run(folder: Path) -> None:
         )
 
 
+def refuse_foreign(path: Path) -> Path:
+    """`path`, unless something else than a checkpoint is there, which saving would replace.
+
+    Raises:
+        UserError: there is.
+    """
+    if path.exists() and not (path / "manifest.json").exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{path} holds something else; choose a new folder")
+    return path
+
+
 def open_folder(folder: Path, config: str) -> None:
     """Make the run folder and write `config.yaml`.
 

@@ -28,7 +28,7 @@ from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, valida
 from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
 from rlkit.metrics import Meter, RunLog, require_wandb
 from rlkit.rng import Streams, derive
-from rlkit.run import Callback, Run, open_folder, records, refuse_run
+from rlkit.run import Callback, Run, open_folder, records, refuse_foreign, refuse_run
 
 Batch = dict[str, Tensor]
 
@@ -374,10 +374,7 @@ class Trainer:
         Raises:
             UserError: the folder holds something else.
         """
-        path = Path(str(folder).removesuffix(".zip"))
-        if path.exists() and not (path / "manifest.json").exists() and (path.is_file() or any(path.iterdir())):
-            raise UserError(f"{path} holds something else; choose a new folder")
-        return self.write_checkpoint(path)
+        return self.write_checkpoint(refuse_foreign(Path(str(folder).removesuffix(".zip"))))
 
     @classmethod
     def make_config(cls, fields: Mapping[str, Any], source: str = "") -> Any:

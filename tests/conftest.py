@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes that tests start
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+_CACHE = tempfile.TemporaryDirectory(prefix="rlkit-cache-")  # deleted when the session ends
+os.environ["RLKIT_CACHE"] = _CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 if not (Path(__import__("rlkit").__file__).parent.parent / "envs").is_dir():
     pytest.exit("tests need an editable install of this checkout: pip install -e '.[dev]'", returncode=2)

@@ -27,17 +27,44 @@ TINY: dict[str, Any] = {
     "log_every": 15,
     "checkpoint_every": 30,
     "tensorboard": False,
+    "letters": {
+        "supervised_steps": 20,
+        "n_demonstrations": 64,
+        "n_prompts": 16,
+        "n_eval_prompts": 6,
+        "n_answers": 3,
+    },
+    "per_device_train_batch_size": 4,
+    "eval_samples": 2,
 }
 """Fields for runs of a second; those that a trainer does not have are left out."""
+
+
+def tiny_fields(name: str, **fields: Any) -> dict[str, Any]:
+    """The embedded task of the trainer `name` with tiny settings."""
+    cls = registry.get(name)
+    known = {field.name for field in dataclasses.fields(cls.Config)}
+    task = {k: v for k, v in cls.default_task.items() if k != "steps"}
+    values = {**task, "preset": None, **TINY, **fields}
+    return {k: v for k, v in values.items() if k in known}
 
 
 def tiny(name: str, **fields: Any) -> Trainer:
     """The trainer `name` on its embedded task with tiny settings."""
     cls = registry.get(name)
-    known = {field.name for field in dataclasses.fields(cls.Config)}
-    task = {k: v for k, v in cls.default_task.items() if k != "steps"}
-    values = {**task, "preset": None, **TINY, **fields}
-    return cls(config=cls.make_config({k: v for k, v in values.items() if k in known}))
+    return cls(config=cls.make_config(tiny_fields(name, **fields)))
+
+
+def as_options(fields: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Fields as options of the command line."""
+    options: list[str] = []
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            options += as_options(value, f"{prefix}{name}.")
+        elif value is not None:
+            texts = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
+            options += [f"--{prefix}{name}", *texts]
+    return options
 
 
 class StopAt:

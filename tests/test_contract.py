@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, close, fingerprint, learn_with_stops, run_rlkit, tiny
+from helpers import TINY, as_options, close, fingerprint, learn_with_stops, run_rlkit, tiny, tiny_fields
 
 import rlkit
 from rlkit import registry
@@ -26,6 +26,7 @@ README = Path(__file__).parent.parent / "README.md"
 def to_first_update(trainer: Any) -> None:
     """Gather until an update is owed."""
     trainer.before_learning()
+    trainer.prepare(lambda: False)
     while trainer.owed < 1:
         trainer.clock += trainer.collect()
 
@@ -34,6 +35,8 @@ def to_first_update(trainer: Any) -> None:
 def test_defaults_build_the_embedded_task(name: str) -> None:
     cls = registry.get(name)
     task = {k: v for k, v in cls.default_task.items() if k != "steps"}
+    if "letters" in tiny_fields(name):
+        task["letters"] = TINY["letters"]
     trainer = cls(config=cls.make_config(task))
     assert trainer.name == name
     assert cls.default_task["steps"] >= 1
@@ -45,6 +48,7 @@ def test_three_updates_change_every_parameter_and_report_finite_scalars(name: st
     trainer = tiny(name)
     to_first_update(trainer)
     modules = {k: part for k, part in trainer._parts.items() if isinstance(part, torch.nn.Module)}
+    modules |= {"model": trainer.model} if hasattr(trainer, "model") else {}
     named = {(k, n): p for k, m in modules.items() for n, p in m.named_parameters()}
     before = {key: p.detach().clone() for key, p in named.items() if p.requires_grad}
     assert before
@@ -67,11 +71,16 @@ def test_save_and_load_predict_the_same(name: str, tmp_path: Path) -> None:
     folder = trainer.save(tmp_path / "saved.zip")
     assert folder == tmp_path / "saved"
     kinds = {path.suffix for path in folder.iterdir()}
-    assert kinds <= {".safetensors", ".json", ".yaml"}
+    assert kinds <= {".safetensors", ".json", ".yaml", ".md", ".jinja"}
     names = [path.name for path in folder.glob("*.safetensors")]
     assert any("policy" in n or "model" in n for n in names)
     for loaded in (rlkit.load(folder), type(trainer).load(folder), rlkit.load(folder, inference=True)):
         assert loaded.clock == trainer.clock
+        if hasattr(trainer, "model"):
+            for (key, a), b in zip(trainer.model.named_parameters(), loaded.model.parameters(), strict=True):
+                assert torch.equal(a, b), key
+            asked = {"prompts": ["dbca=", "ab="], "k": 3, "max_new_tokens": 6}
+            assert loaded.sample(**asked) == trainer.sample(**asked)
         if hasattr(trainer, "predict"):
             batch = np.stack([trainer.observation_space.sample() for _ in range(5)])
             np.testing.assert_array_equal(
@@ -84,10 +93,10 @@ def test_save_and_load_predict_the_same(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_trainer_goes_on_as_if_never_saved(name: str, tmp_path: Path) -> None:
     trainer = tiny(name).learn(33)
-    loaded = rlkit.load(trainer.save(tmp_path / "saved"))
+    loaded = rlkit.load(trainer.write_checkpoint(tmp_path / "saved"))
     for agent, folder in ((trainer, "a"), (loaded, "b")):
         agent.learn(20)
-        agent.save(tmp_path / folder)
+        agent.write_checkpoint(tmp_path / folder)
         close(agent)
     assert rlkit.checkpoint.content_hash(tmp_path / "a") == rlkit.checkpoint.content_hash(tmp_path / "b")
 
@@ -160,10 +169,7 @@ def test_documentation(name: str) -> None:
 def test_command_line_end_to_end(name: str, tmp_path: Path) -> None:
     """train -> eval -> plot -> resume to a larger total, each needing only the run folder."""
     run = str(tmp_path / "run")
-    known = {field.name for field in dataclasses.fields(registry.get(name).Config)}
-    fields = {k: v for k, v in {**TINY, "learning_starts": 10}.items() if k in known and k != "policy_kwargs"}
-    options_ = [text for k, v in fields.items() for text in (f"--{k}", str(v))]
-    trained = run_rlkit("train", name, "--steps", "60", "--out", run, "--policy_kwargs.net_arch", "8", "8", *options_)
+    trained = run_rlkit("train", name, "--steps", "60", "--out", run, *as_options(tiny_fields(name)))
     assert trained.returncode == 0, trained.stderr
     assert "evaluation before" in trained.stdout
     assert "evaluation after" in trained.stdout

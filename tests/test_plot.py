@@ -68,11 +68,11 @@ def test_other_formats_by_suffix(tmp_path: Path) -> None:
 
 def test_evaluations_come_before_training_returns(tmp_path: Path) -> None:
     both = make_run(tmp_path / "both", [(0, 1.0), (5, 2.0)], [(1, 7.0), (2, 8.0), (3, 9.0)])
-    label, (steps, values) = curve(both)
-    assert (label, steps.tolist(), values.tolist()) == ("eval/mean_reward", [0, 5], [1, 2])
+    axis, kind, (steps, values) = curve(both)
+    assert (axis, kind, steps.tolist(), values.tolist()) == ("return", "evaluation", [0, 5], [1, 2])
     young = make_run(tmp_path / "young", [(0, 1.0)], [(1, 7.0), (2, 8.0)])
-    label, (steps, values) = curve(young)
-    assert (label, steps.tolist(), values.tolist()) == ("rollout/ep_rew_mean", [1, 2], [7, 8])
+    axis, kind, (steps, values) = curve(young)
+    assert (axis, kind, steps.tolist(), values.tolist()) == ("return", "training return", [1, 2], [7, 8])
 
 
 def test_records_without_the_key_are_passed_over(tmp_path: Path) -> None:
@@ -80,14 +80,14 @@ def test_records_without_the_key_are_passed_over(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", training=[(10, 1.0), (20, 2.0)])
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text('{"step": 5, "train/actor_loss": 0.1}\n' + text)
-    assert curve(run)[1][0].tolist() == [10, 20]
+    assert curve(run)[2][0].tolist() == [10, 20]
 
 
 def test_groups(tmp_path: Path) -> None:
     assert group(make_run(tmp_path / "a")) == ("Pendulum-v1", "sac")
     assert group(make_run(tmp_path / "b", preset="auto")) == ("Pendulum-v1", "sac")
     assert group(make_run(tmp_path / "c", preset="droq")) == ("Pendulum-v1", "sac (droq)")
-    assert group(make_run(tmp_path / "d", env="null")) == ("environment", "sac")
+    assert group(make_run(tmp_path / "d", env="null")) == ("task", "sac")
 
 
 def curve_of(*points: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -143,6 +143,6 @@ def test_errors(tmp_path: Path) -> None:
     shifted = make_run(tmp_path / "shifted", [(1, 1.0), (6, 2.0)])
     assert message(good, shifted) == "the runs have no evaluation step in common; give them the same `eval_every`"
     training = make_run(tmp_path / "training", None, [(0, 1.0), (5, 2.0)])
-    assert message(good, training).startswith("some runs of sac have evaluations and others only training returns")
+    assert message(good, training).startswith("some runs of sac have evaluations and others only training records")
     assert message(good, out="no/such/folder.png").startswith("cannot write ")
     assert message(good, out="x.nonsense").startswith("cannot write ")

@@ -12,4 +12,16 @@ TRAINERS: dict[str, Entry] = {
         data="Box-action environments, online",
         actions=("Box",),
     ),
+    "sft": Entry(
+        target="rlkit.trainers.sft:SFT",
+        paper="Training language models to follow instructions with human feedback, arXiv:2203.02155",
+        status="reproduced",
+        data="demonstrations or texts",
+    ),
+    "dpo": Entry(
+        target="rlkit.trainers.dpo:DPO",
+        paper="Direct Preference Optimization, arXiv:2305.18290",
+        status="reproduced",
+        data="preference pairs",
+    ),
 }

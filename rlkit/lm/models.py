@@ -1,0 +1,261 @@
+"""Causal language models in and out: loading, adapters, identity, and the files of a Hugging Face folder.
+
+Loading takes safetensors only and never runs code of a repository. A checkpoint of a language trainer is itself a
+folder that `transformers` loads: `model.safetensors` under the model's own names with the text files of `documents`, or
+`adapter_model.safetensors` with `adapter_config.json` where an adapter was trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlkit.errors import CheckpointError, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "default"  # peft's name of a model's first adapter
+
+
+def load_model(source: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The causal language model in a folder, or under a hub name, in float32 and in evaluation mode.
+
+    A folder with an adapter gives the base model with that adapter, trainable.
+
+    Raises:
+        UserError: nothing there, no safetensors, or no causal language model.
+    """
+    _check_place("model", source)
+    from transformers import AutoModelForCausalLM
+
+    kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if (Path(source) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        return _tried(
+            source, AutoPeftModelForCausalLM.from_pretrained, is_trainable=True, dtype=torch.float32, **kwargs
+        )
+    return _tried(source, AutoModelForCausalLM.from_pretrained, use_safetensors=True, dtype=torch.float32, **kwargs)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or under a hub name.
+
+    Raises:
+        UserError: nothing there.
+    """
+    _check_place("tokenizer", source)
+    from transformers import AutoTokenizer
+
+    return _tried(source, AutoTokenizer.from_pretrained)
+
+
+def _check_place(what: str, source: str) -> None:
+    """Say that a path does not exist before it is taken for a hub name."""
+    path = Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+    if looks_local and not path.exists():
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"`{what}`: there is no {source}{did_you_mean(path.name, near) if near else ''}")
+
+
+def _tried(source: str, load: Any, **kwargs: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        return load(str(Path(source).expanduser()) if Path(source).expanduser().exists() else source, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"cannot load {source}: {reason}; expected a folder that `save_pretrained` wrote, or a name on the hub "
+            "(weights as safetensors)"
+        ) from error
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model under an adapter."""
+    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` is a peft model."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> nn.Module:
+    """`model` with a new adapter in float32; everything else is frozen.
+
+    Raises:
+        UserError: the configuration does not fit the model (no such module, for one).
+    """
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"`peft_config`: {str(error).strip().splitlines()[0]}") from error
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, so that policy and reference see the same network.
+
+    Besides `nn.Dropout` modules, models keep probabilities of their own and pass them to functions.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that make the model, under their names in its files; a tied tensor once."""
+    tensors: dict[str, Tensor] = {}
+    places: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and place in places:
+            continue
+        places.add(place)
+        tensors[name] = tensor
+    return tensors
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the trained adapter, under the names that peft gives them in `adapter_model.safetensors`."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model, adapter_name=ADAPTER))
+
+
+def set_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` (of `named_weights`) into `model`.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    own = named_weights(model)
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise CheckpointError(f"the model has other weights than the checkpoint: {', '.join(odd[:5])}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"`{name}` of the checkpoint is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+                )
+            own[name].copy_(tensor)
+
+
+def set_adapter_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` (of `adapter_weights`) into the adapter of `model`."""
+    from peft import set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+    if result.unexpected_keys:
+        raise CheckpointError(f"the adapter has other weights than the checkpoint: {result.unexpected_keys[:5]}")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """32 hexadecimal digits: equal for two models exactly when names, shapes, types and values of all weights are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(named_weights(model).items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def files_hash(path: Path) -> str:
+    """32 hexadecimal digits over a file's bytes, or a folder's files (of a model: configuration and weights)."""
+    digest = hashlib.blake2b(digest_size=16)
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(p for p in path.rglob("*") if p.is_file() and ".git" not in p.parts)
+        weights = [p for p in files if p.suffix in (".safetensors", ".json")]
+        files = weights if any(p.suffix == ".safetensors" for p in weights) else files
+    for file in files:
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The model without its adapter, for a while."""
+    with model.disable_adapter():  # type: ignore[operator]
+        yield
+
+
+def save_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a copy of the model with its adapter merged into the weights, as a Hugging Face folder."""
+    merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def documents(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """File name -> text of what makes weights a Hugging Face folder: configuration, tokenizer, adapter's configuration.
+
+    Raises:
+        UserError: the tokenizer writes a file that is no text (an old slow one).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        tokenizer.save_pretrained(folder)
+        if is_adapted(model):
+            config: Any = model.peft_config[ADAPTER]  # type: ignore[index]
+            inference, config.inference_mode = config.inference_mode, True
+            config.save_pretrained(folder)
+            config.inference_mode = inference
+        base = unwrapped(model)
+        base.config.architectures, base.config.dtype = [type(base).__name__], base.dtype
+        if not is_adapted(model):
+            base.config.save_pretrained(folder)
+        if not is_adapted(model) and base.can_generate():
+            base.generation_config.save_pretrained(folder)
+        files: dict[str, str] = {}
+        for path in sorted(place.rglob("*")):
+            if path.is_file():
+                try:
+                    files[path.name] = _portable(path)
+                except UnicodeDecodeError:
+                    raise UserError(
+                        f"`tokenizer`: {type(tokenizer).__name__} writes {path.name}, which is no text; use a fast one"
+                    ) from None
+        return files
+
+
+def _portable(path: Path) -> str:
+    """A file's text, without what a tokenizer notes about where it was loaded from: equal runs write equal files."""
+    text = path.read_text(encoding="utf-8")
+    if path.name != "tokenizer_config.json":
+        return text
+    fields = {k: v for k, v in json.loads(text).items() if k not in ("is_local", "local_files_only", "name_or_path")}
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+
+
+def card(name: str, paper: str, facts: Mapping[str, Any], config: str) -> str:
+    """A model card (README.md): how the weights came about, for people; `facts` also as JSON, for programs."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    block = json.dumps(dict(facts), indent=2, default=str)
+    return (
+        f"---\nlibrary_name: transformers\ntags: [rlkit, {name}]\n---\n\n"
+        f"# Trained by rlkit `{name}`\n\n{paper}\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"## Configuration\n\n```yaml\n{config}```\n\n## Facts\n\n```json\n{block}\n```\n"
+    )
