@@ -250,6 +250,35 @@ def bench(args: Sequence[str]) -> int:
     return subprocess.run(command, check=False, cwd=root).returncode
 
 
+def data(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit data", description="Look at text data before training on it.")
+    parser.add_argument("action", choices=["inspect"], metavar="inspect", help="counts, problems, lengths, examples")
+    parser.add_argument("source", metavar="FILE", help="file, folder, or name on the hub")
+    parser.add_argument("--tokenizer", "--model", metavar="M", help="folder or hub name whose tokens are counted")
+    parser.add_argument("--map", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    parser.add_argument("--max_length", "--max-length", type=count, default=1024, metavar="N", help="[default: 1024]")
+    parser.add_argument("--boundary", choices=["error", "split", "common"], default="split", help="[default: split]")
+    parser.add_argument("--chat_template", "--chat-template", metavar="FILE")
+    parser.add_argument("--examples", type=count, default=1, metavar="N", help="records to show [default: 1]")
+    given = parse(parser, args)
+    wrong = [item for item in given.map if "=" not in item]
+    if wrong:
+        raise UserError(f"--map: got {wrong[0]!r}; expected OURS=THEIRS, such as prompt=question")
+    from rlkit.lm.inspection import inspect
+
+    for line in inspect(
+        given.source,
+        tokenizer=given.tokenizer,
+        mapping=dict(item.split("=", 1) for item in given.map) or None,
+        max_length=given.max_length,
+        boundary=given.boundary,
+        chat_template=given.chat_template,
+        examples=given.examples,
+    ):
+        print(line)
+    return 0
+
+
 def doctor(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit doctor", description="Versions, devices, and what is installed.")
     parser.add_argument("--determinism", action="store_true", help="run a tiny job twice and compare hashes")
@@ -271,6 +300,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "resume": (resume, "finish an interrupted run, or go on to a larger total"),
     "eval": (evaluate, "evaluate the newest checkpoint of a run"),
     "plot": (plot, "learning curves of one or several runs"),
+    "data": (data, "`data inspect FILE`: counts, problems, token lengths, examples"),
     "bench": (bench, "run a benchmark suite of a checkout"),
     "doctor": (doctor, "versions, devices and extras"),
 }

@@ -18,6 +18,12 @@ TRAINERS: dict[str, Entry] = {
         status="reproduced",
         data="demonstrations or texts",
     ),
+    "reward_model": Entry(
+        target="rlkit.trainers.reward_model:RewardModel",
+        paper="Training language models to follow instructions with human feedback, arXiv:2203.02155",
+        status="reproduced",
+        data="preference pairs",
+    ),
     "dpo": Entry(
         target="rlkit.trainers.dpo:DPO",
         paper="Direct Preference Optimization, arXiv:2305.18290",

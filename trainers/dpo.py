@@ -102,9 +102,9 @@ class DPO(PairTrainer):
     Config = DPOConfig
     name = "dpo"
     default_task: ClassVar[Mapping[str, Any]] = {
-        "data": "letters", "steps": 150, "learning_rate": 5e-4, "per_device_train_batch_size": 32, "log_every": 25,
-        "eval_every": 75, "eval_samples": 128, "eval_reward": ["rlkit.envs.letters:reward"], "eval_kl": True,
-        "max_completion_length": 24,
+        "data": "letters", "steps": 150, "beta": 0.5, "learning_rate": 3e-4, "per_device_train_batch_size": 64,
+        "log_every": 25, "eval_every": 75, "eval_samples": 128, "eval_reward": ["rlkit.envs.letters:reward"],
+        "eval_kl": True, "max_completion_length": 24,
     }  # fmt: skip
 
     def check(self) -> None:

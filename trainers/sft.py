@@ -42,7 +42,7 @@ class SFT(LMTrainer):
     Config = SFTConfig
     name = "sft"
     default_task: ClassVar[Mapping[str, Any]] = {
-        "data": "letters", "steps": 500, "log_every": 50, "eval_every": 250, "eval_samples": 128,
+        "data": "letters", "steps": 250, "log_every": 25, "eval_every": 125, "eval_samples": 128,
         "eval_reward": ["rlkit.envs.letters:reward"], "max_completion_length": 24, **embedded.SUPERVISED,
     }  # fmt: skip
 

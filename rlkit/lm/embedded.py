@@ -30,19 +30,24 @@ if TYPE_CHECKING:
     from rlkit.lm.trainer import LMTrainer
 
 SUPERVISED: dict[str, Any] = {
-    "per_device_train_batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 0.05, "weight_decay": 0.01,
+    "per_device_train_batch_size": 128, "learning_rate": 5e-3, "warmup_steps": 0.05, "weight_decay": 0.01,
 }  # fmt: skip
+STARTED_BY = (
+    "alphabet_size", "min_letters", "max_letters", "slip", "other_styles", "supervised_steps",
+    "n_demonstrations",
+)  # fmt: skip
+"""Fields of the task that the supervised start depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Letters):
     """The letters task, and how well the model that training starts from has learned it."""
 
-    supervised_steps: Count = 500
+    supervised_steps: Count = 250
     """Optimiser steps on demonstrations that make the start of every trainer but `sft`."""
-    n_demonstrations: Count = 8_000
+    n_demonstrations: Count = 20_000
     """Demonstrations to learn from."""
-    n_prompts: Count = 1_000
+    n_prompts: Count = 2_000
     """Prompts whose sampled answers are compared."""
     n_eval_prompts: Count = 200
     """Held-out prompts."""
@@ -68,7 +73,8 @@ def fresh_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def start_model(task: Task, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model after supervised learning from demonstrations, and its tokenizer."""
-    key = repr((to_dict(task), seed, SUPERVISED, model_config(0), torch.__version__))
+    made_by = {name: value for name, value in to_dict(task).items() if name in STARTED_BY}
+    key = repr((made_by, seed, SUPERVISED, model_config(0), torch.__version__))
     folder = cache_folder() / f"letters-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}"
     try:
         if checkpoint.verify(folder) is None:

@@ -49,6 +49,43 @@ def load_model(source: str, *, attn_implementation: str | None = None) -> PreTra
     return _tried(source, AutoModelForCausalLM.from_pretrained, use_safetensors=True, dtype=torch.float32, **kwargs)
 
 
+def load_classifier(source: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
+    """A sequence classifier with one label; of a causal language model, its body with a new head.
+
+    Raises:
+        UserError: as `load_model`, or the classifier there has several labels.
+    """
+    _check_place("model", source)
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = _tried(source, AutoConfig.from_pretrained)
+    if any("Classification" in name for name in config.architectures or ()) and config.num_labels != 1:
+        raise UserError(f"`model`: {source} is a classifier with {config.num_labels} labels; a reward model has one")
+    kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    kwargs |= {"num_labels": 1, "use_safetensors": True, "dtype": torch.float32}
+    return _tried(source, AutoModelForSequenceClassification.from_pretrained, **kwargs)
+
+
+def classifier_of(model: nn.Module) -> PreTrainedModel:
+    """A sequence classifier with one label on the body of a causal language model, which is copied."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(unwrapped(model).config)
+    config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    classifier.base_model.load_state_dict(unwrapped(model).base_model.state_dict())
+    return classifier
+
+
+def classifier_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(body, head) of a sequence classifier, with its adapter if it has one."""
+    inner = unwrapped(model)
+    head = getattr(inner, "score", None) or getattr(inner, "classifier", None)
+    if head is None:
+        raise UserError(f"`model`: {type(inner).__name__} has no `score` head; a reward model needs one")
+    return inner.base_model, head
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, or under a hub name.
 
@@ -82,6 +119,16 @@ def _tried(source: str, load: Any, **kwargs: Any) -> Any:
             f"cannot load {source}: {reason}; expected a folder that `save_pretrained` wrote, or a name on the hub "
             "(weights as safetensors)"
         ) from error
+
+
+def own_memory(model: nn.Module) -> None:
+    """Give every weight memory of PyTorch's own allocator.
+
+    Weights straight from a file lie wherever the file has them, and matrix products of other alignment round otherwise:
+    a resumed run would differ in the last bit.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -169,10 +216,18 @@ def set_adapter_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None
         raise CheckpointError(f"the adapter has other weights than the checkpoint: {result.unexpected_keys[:5]}")
 
 
-def weights_hash(model: nn.Module) -> str:
-    """32 hexadecimal digits: equal for two models exactly when names, shapes, types and values of all weights are."""
+def weights_hash(model: nn.Module, *, adapter: bool = True) -> str:
+    """32 hexadecimal digits: equal for two models exactly when names, shapes, types and values of all weights are.
+
+    Args:
+        adapter: False leaves an adapter out, as if the model had never got one.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(named_weights(model).items()):
+    weights = named_weights(model if adapter else unwrapped(model))
+    if not adapter:  # peft moves a layer it adapts to `base_layer`, beside `lora_A.default` and the like
+        kept = {name: tensor for name, tensor in weights.items() if f".{ADAPTER}." not in f"{name}."}
+        weights = {name.replace(".base_layer.", "."): tensor for name, tensor in kept.items()}
+    for name, tensor in sorted(weights.items()):
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.flatten().view(torch.uint8).numpy().data)

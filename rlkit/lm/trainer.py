@@ -213,6 +213,8 @@ class LMTrainer(Trainer):
     inference_parts = frozenset({"model", "adapter_model", "modules", "buffer", "state", "config.yaml"})
     branches: ClassVar[tuple[str, ...]] = ("completion",)
     """Columns of a unit that are row ids of completions; they share their prompt."""
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    """peft's name of what the model does."""
     uses_reference: ClassVar[bool] = False
     """Whether the loss reads the column `ref_logp`."""
     objects: ClassVar[tuple[str, ...]] = (
@@ -279,6 +281,7 @@ class LMTrainer(Trainer):
             models.without_dropout(self.model)
         if config.gradient_checkpointing:
             models.unwrapped(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        models.own_memory(self.model)
         self.model.to(self.device).train()
         self.track(optimizer=self._make_optimizer())
         self.track(
@@ -305,7 +308,7 @@ class LMTrainer(Trainer):
             if self._adapter_is_new:
                 self.identity["adapter"] = "new"
             self._load_data()
-            self._choose_batching()
+            self.choose_batching()
 
     def check(self) -> None:
         """Refuse options that conflict."""
@@ -334,7 +337,7 @@ class LMTrainer(Trainer):
                 + (", and --data" if config.data is None else "")
             )
         if model is None:
-            model = models.load_model(start, attn_implementation=config.attn_implementation)
+            model = self.load_model(start)
         if not isinstance(model, nn.Module) or not hasattr(models.unwrapped(model), "get_output_embeddings"):
             raise UserError(f"`model`: expected a causal language model of transformers, got {type(model).__name__}")
         if tokenizer is None:
@@ -348,11 +351,15 @@ class LMTrainer(Trainer):
             raise UserError("`model`: no weight of it is trainable (requires_grad is false for all)")
         return model, tokenizer
 
+    def load_model(self, source: str) -> nn.Module:
+        """The model in a folder, or under a hub name."""
+        return models.load_model(source, attn_implementation=self.config.attn_implementation)
+
     def _with_adapter(self, model: nn.Module, saved: Path | None) -> nn.Module:
         """`model` with a new adapter, of the kind in the folder `saved` if there is one."""
         if models.is_adapted(model):
             raise UserError("`use_peft`: the model has an adapter already, which is trained; leave `use_peft` out")
-        from peft import LoraConfig, PeftConfig, TaskType
+        from peft import LoraConfig, PeftConfig
 
         config, modules = self.config, self.config.lora_target_modules
         self._adapter_is_new = True
@@ -361,7 +368,7 @@ class LMTrainer(Trainer):
             lora.inference_mode = False
             return models.add_adapter(model, lora)
         lora = self._given.get("peft_config") or LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=self.task_type,
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             target_modules=modules[0] if len(modules) == 1 else list(modules),
@@ -570,7 +577,7 @@ class LMTrainer(Trainer):
             )
         return Scored(stats.logp, stats.entropy, layout.completion, layout.counts())
 
-    def _choose_batching(self) -> None:
+    def choose_batching(self) -> None:
         """Find out how this model's log-probs may be computed, on rows of the data."""
         wanted: Mode = "shared" if self.config.batching == "auto" else self.config.batching
         count = min(len(self.units), 4)
@@ -590,6 +597,10 @@ class LMTrainer(Trainer):
         """
         raise NotImplementedError
 
+    def batch_loss(self, batch: Columns, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` of the log-probs of `batch`; a model that gives something else overrides this."""
+        return self.loss(self.score(batch), batch, totals)
+
     def update(self, batch: Batch) -> Mapping[str, Tensor]:
         config, ids = self.config, batch["unit"]
         totals = self.totals(self.units, ids)
@@ -598,7 +609,7 @@ class LMTrainer(Trainer):
         loss_sum = torch.zeros((), device=self.device)
         for part in ids.split(config.per_device_train_batch_size):
             columns = self.columns(self.units, part)
-            loss, each = self.loss(self.score(columns), columns, totals)
+            loss, each = self.batch_loss(columns, totals)
             loss.backward()
             loss_sum += loss.detach()
             for name, value in each.items():
@@ -700,7 +711,7 @@ class LMTrainer(Trainer):
         given = self._given.get("ref_model") or getattr(self.config, "ref_model", None)
         adapter_off = given is None and models.is_adapted(self.model) and self.identity.get("adapter") == "new"
         if isinstance(given, str):
-            model: nn.Module = models.load_model(given, attn_implementation=self.config.attn_implementation)
+            model: nn.Module = self.load_model(given)
         elif given is not None:
             model = given
         elif adapter_off or self.clock == 0:
@@ -708,11 +719,11 @@ class LMTrainer(Trainer):
         elif self.config.model is None and self.config.data == EMBEDDED and "model" not in self._given:
             model = self.embedded_start()[0]
         elif self.config.model is not None:
-            model = models.load_model(self.config.model, attn_implementation=self.config.attn_implementation)
+            model = self.load_model(self.config.model)
         else:
             raise UserError("`ref_model`: the run began with a model given in Python: pass it again as `ref_model=`")
         with models.adapter_off(model) if adapter_off else nullcontext():
-            found = models.weights_hash(models.unwrapped(model)) if adapter_off else models.weights_hash(model)
+            found = models.weights_hash(model, adapter=not adapter_off)
             known = self.identity.setdefault("reference", found)
             if found != known:
                 raise RlkitError(
@@ -780,7 +791,7 @@ class LMTrainer(Trainer):
                     return None
                 columns = self.columns(self.eval_units, ids[part])
                 with torch.no_grad():
-                    share, each = self.loss(self.score(columns), columns, totals)
+                    share, each = self.batch_loss(columns, totals)
                 loss += float(share)
                 for name, value in each.items():
                     values.setdefault(name, []).append(value)
@@ -1043,7 +1054,7 @@ class PairTrainer(LMTrainer):
         return embedded.preference_rows(self, self.config.letters, self.config.seed)
 
     def unit_fields(self) -> dict[str, Field | Ragged]:
-        return {**super().unit_fields(), "weight": Field(), "gap": Field()}
+        return {**super().unit_fields(), "weight": Field(), "margin": Field(), "gap": Field()}
 
     def add_units(self, units: RolloutBuffer, data: preferences.TextData) -> None:
         pairs = pairs_of(data, self.config.pairing, self.config.pairing_margin)
@@ -1066,6 +1077,9 @@ class PairTrainer(LMTrainer):
                 "chosen": torch.tensor([chosen for chosen, _, _ in kept], dtype=torch.int64),
                 "rejected": torch.tensor([rejected for _, rejected, _ in kept], dtype=torch.int64),
                 "weight": torch.tensor([p.weight for _, _, p in kept], dtype=torch.float32),
+                "margin": torch.tensor(
+                    [data.records[p.record].columns.get("margin") or 0.0 for _, _, p in kept], dtype=torch.float32
+                ),
                 "gap": torch.tensor([p.gap for _, _, p in kept], dtype=torch.float32),
             }
         )

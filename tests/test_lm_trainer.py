@@ -1,0 +1,392 @@
+"""What trainers of language models share: batches, order, reference, adapters, folders, data errors, resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import StopAt, fingerprint, learn_with_stops, run_rlkit
+from lm_zoo import PAIRS, saved_llama, tiny_llama
+
+import rlkit
+from rlkit.errors import CheckpointError, RlkitError, Stopped, UserError
+from rlkit.lm.models import load_model, weights_hash
+from rlkit.lm.reference import ReferenceCache, row_key
+
+SGD: dict[str, Any] = {
+    "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0, "eval_fraction": 0,
+    "device": "cpu", "beta": 0.5, "reference_cache": False,
+}  # fmt: skip
+
+
+def dpo(**fields: Any) -> Any:
+    """DPO of a tiny Llama on six pairs."""
+    model, tokenizer = tiny_llama(fields.pop("model_seed", 0))
+    return rlkit.DPO(model, train_dataset=PAIRS, processing_class=tokenizer, **{**SGD, **fields})
+
+
+def weights(trainer: Any) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor], atol: float = 2e-6) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, atol=atol, rtol=1e-4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return saved_llama(tmp_path / "model")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS), encoding="utf-8")
+    return str(path)
+
+
+# Batches
+
+
+def test_how_a_step_is_cut_changes_nothing() -> None:
+    """6 x 1 = 3 x 2 = 1 x 6, for a loss over pairs and one over tokens, after three steps of SGD."""
+    for loss in (("sigmoid",), ("sigmoid", "sft"), ("ipo",)):
+        whole = weights(dpo(per_device_train_batch_size=6, loss_type=loss).learn(3))
+        for size in (3, 1):
+            parts = dpo(per_device_train_batch_size=size, gradient_accumulation_steps=6 // size, loss_type=loss)
+            same(weights(parts.learn(3)), whole)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"batching": "shared"},
+        {"batching": "packed", "packing_length": 96},
+        {"logits_memory": 0.01},
+        {"gradient_checkpointing": True},
+        {"attn_implementation": "eager"},
+    ],
+)
+def test_speed_options_change_nothing(other: dict[str, Any]) -> None:
+    plain = dpo(per_device_train_batch_size=6, batching="plain").learn(3)
+    fast = dpo(per_device_train_batch_size=6, **{"batching": "plain", **other}).learn(3)
+    assert fast.batching == other.get("batching", "plain")
+    same(weights(fast), weights(plain))
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    trainer = dpo(per_device_train_batch_size=2)
+    for epoch in (1, 2):
+        order = [ids.tolist() for ids in trainer.order(epoch)]
+        assert sorted(i for ids in order for i in ids) == list(range(6)), "each unit once"
+        assert order == [ids.tolist() for ids in dpo(per_device_train_batch_size=2).order(epoch)]
+    assert [i.tolist() for i in trainer.order(1)] != [i.tolist() for i in trainer.order(2)]
+    assert [i.tolist() for i in trainer.order(1)] != [i.tolist() for i in dpo(seed=1).order(1)]
+
+
+def test_batches_hold_units_of_similar_length() -> None:
+    model, tokenizer = tiny_llama()
+    data = [{"prompt": "p" * n, "chosen": "a", "rejected": "b"} for n in range(1, 65)]
+    options = {**SGD, "per_device_train_batch_size": 8}
+    grouped: Any = rlkit.DPO(model, train_dataset=data, processing_class=tokenizer, **options)
+    mixed: Any = rlkit.DPO(model, train_dataset=data, processing_class=tokenizer, group_by_length=False, **options)
+
+    def padding(trainer: Any) -> int:
+        lengths = trainer.unit_lengths(trainer.units)
+        return sum(int(lengths[ids].max()) * len(ids) - int(lengths[ids].sum()) for ids in trainer.order(1))
+
+    assert padding(grouped) == 8 * sum(range(8))  # each batch of eight neighbours pads 0 + 1 + ... + 7
+    assert padding(mixed) > 3 * padding(grouped)
+
+
+def test_an_epoch_is_every_unit_once() -> None:
+    trainer = dpo(per_device_train_batch_size=4)
+    assert trainer.default_target() == 2
+    trainer.learn()
+    assert (trainer.clock, trainer.updates, trainer.epoch) == (2, 2, 1)
+    assert dpo(per_device_train_batch_size=4, num_train_epochs=2.5).default_target() == 5
+
+
+def test_learning_rate_follows_the_schedule_of_transformers() -> None:
+    """Linear with warm-up of 2 of 8 steps: 0, 1/2, 1, 5/6, ..., 1/6 of the peak."""
+    trainer = dpo(learning_rate=0.6, lr_scheduler_type="linear", warmup_steps=2, per_device_train_batch_size=6)
+    seen: list[float] = []
+    trainer.learn(8, callback=lambda t: seen.append(t.optimizer.param_groups[0]["lr"]))
+    assert seen == pytest.approx([0.0, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_gradients_are_clipped() -> None:
+    """With clipping to c, plain SGD moves the weights by exactly rate * c where the norm is larger."""
+    trainer = dpo(max_grad_norm=0.01, learning_rate=1.0, per_device_train_batch_size=6)
+    before = weights(trainer)
+    trainer.learn(1)
+    moved = torch.sqrt(sum((a - b).square().sum() for a, b in zip(weights(trainer), before, strict=True)))
+    assert float(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+# The reference
+
+
+def test_the_reference_is_the_start_and_stays() -> None:
+    trainer = dpo(per_device_train_batch_size=6, log_every=1)
+    trainer.learn(1)
+    start = trainer.log.history[0]
+    assert start["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert start["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    column = [row.clone() for row in trainer.completions["ref_logp"]]
+    trainer.learn(3)
+    assert all(torch.equal(a, b) for a, b in zip(column, trainer.completions["ref_logp"], strict=True))
+    assert abs(trainer.log.history[-1]["rewards/margins"]) > 0.01
+
+
+def test_another_reference(folder: str, tmp_path: Path) -> None:
+    """Given as a folder or as a model, it is the same, and not the start."""
+    other = saved_llama(tmp_path / "other", seed=1)
+    by_folder = dpo(ref_model=other, per_device_train_batch_size=6).learn(2)
+    by_model = dpo(ref_model=load_model(other), per_device_train_batch_size=6).learn(2)
+    same(weights(by_folder), weights(by_model), atol=0)
+    assert by_folder.identity["reference"] == weights_hash(load_model(other)) != by_folder.identity["start"]
+
+
+def test_the_cache_serves_equal_models_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLKIT_CACHE", str(tmp_path / "cache"))
+    found = []
+    for fields in ({}, {}, {"seed": 3, "beta": 0.1}, {"model_seed": 1}, {"batching": "plain"}, {"max_length": 40}):
+        trainer = dpo(**{"reference_cache": True, "per_device_train_batch_size": 6, **fields})
+        trainer.learn(1)
+        line = next(text for text in capsys.readouterr().err.splitlines() if text.startswith("reference"))
+        found.append(int(line.split(": ")[1].split()[0]))
+        fresh = dpo(**{"per_device_train_batch_size": 6, **fields})
+        fresh.learn(1)
+        capsys.readouterr()
+        same(weights(trainer), weights(fresh), atol=0)
+    assert found == [0, 6, 6, 0, 0, 0]
+
+
+def test_a_broken_cache_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    identity, key = {"weights": "w"}, row_key(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], bool))
+    with ReferenceCache(identity, tmp_path) as cache:
+        cache.put([(key, np.array([-1.0, -2.0], np.float32))])
+    with ReferenceCache(identity, tmp_path) as cache:
+        (value,) = cache.get([key], [2])
+        assert value is not None
+        assert value.tolist() == [-1.0, -2.0]
+        assert cache.get([key], [3]) == [None], "a row of another length is another row"
+    with ReferenceCache({"weights": "x"}, tmp_path) as cache:
+        assert cache.get([key], [2]) == [None]
+    (path,) = [p for p in tmp_path.glob("*.sqlite") if _rows(p)]
+    path.write_bytes(b"no database" * 500)
+    with ReferenceCache(identity, tmp_path) as cache:
+        cache.put([(key, np.array([-1.0, -2.0], np.float32))])
+        assert cache.get([key], [2]) == [None]
+    assert "reference cache switched off" in capsys.readouterr().err
+
+
+def _rows(path: Path) -> int:
+    with sqlite3.connect(path) as db:
+        return int(db.execute("SELECT count(*) FROM rows").fetchone()[0])
+
+
+def test_a_reference_that_is_not_the_start_is_noticed() -> None:
+    """Log-probs of another arithmetic in the column: here, shifted by hand."""
+    trainer = dpo(per_device_train_batch_size=6)
+    trainer.prepare(lambda: False)
+    trainer.completions["ref_logp"] = [row + 0.1 for row in trainer.completions["ref_logp"]]
+    with pytest.raises(RlkitError, match="log-probs of a completion differ by"):
+        trainer._check_reference()
+
+
+def test_dropout_is_off_unless_asked_for() -> None:
+    model, tokenizer = tiny_llama(attention_dropout=0.3)
+    options = {**SGD, "train_dataset": PAIRS, "processing_class": tokenizer}
+    rlkit.DPO(model, **options).learn(1)
+    model, tokenizer = tiny_llama(attention_dropout=0.3)
+    with pytest.raises(RlkitError, match="Dropout in the model is the usual cause"):
+        rlkit.DPO(model, disable_dropout=False, **options).learn(1)
+
+
+# Adapters and folders
+
+
+def test_an_adapter_trains_alone_and_its_reference_is_the_model_without_it(folder: str, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    trainer: Any = rlkit.DPO(folder, train_dataset=PAIRS, use_peft=True, lora_r=4, out=str(tmp_path / "run"), **SGD)
+    trainer.learn(3)
+    base = load_model(folder)
+    assert trainer.identity["reference"] == weights_hash(base)
+    named = dict(trainer.model.get_base_model().named_parameters())
+    for name, parameter in base.named_parameters():
+        stem, _, leaf = name.rpartition(".")
+        kept = named.get(f"{stem}.base_layer.{leaf}", named.get(name))
+        assert kept is not None
+        assert torch.equal(kept, parameter), name
+    saved = trainer.save(tmp_path / "adapter")
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= {
+        p.name for p in saved.iterdir()
+    }
+    assert not (saved / "model.safetensors").exists()
+    merged = trainer.save(tmp_path / "merged", merged=True)
+    ids = torch.arange(3, 20)[None]
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(ids).logits
+        torch.testing.assert_close(AutoPeftModelForCausalLM.from_pretrained(saved).eval()(ids).logits, expected)
+        torch.testing.assert_close(load_model(str(merged)).eval()(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_with_an_adapter_resumes_exactly(folder: str, rows: str, tmp_path: Path) -> None:
+    def run(out: str) -> Any:
+        fields = {**SGD, "optim": "adamw", "learning_rate": 1e-3, "checkpoint_every": 3, "eval_fraction": 0.3}
+        return rlkit.DPO(folder, train_dataset=rows, use_peft=True, lora_r=4, out=str(tmp_path / out), **fields)
+
+    run("whole").learn(12)
+    learn_with_stops(run("parts"), 12, [2, 5, 11])
+    assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
+
+
+def test_a_saved_folder_is_one_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = dpo(per_device_train_batch_size=6, eval_samples=0).learn(2)
+    for place in (trainer.save(tmp_path / "saved"), trainer.write_checkpoint(tmp_path / "whole")):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+        same([p.detach() for p in model.parameters()], weights(trainer), atol=0)
+        inputs = tokenizer("Name a colour.", return_tensors="pt")
+        assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 4
+        card = (place / "README.md").read_text(encoding="utf-8")
+        assert trainer.identity["data"] in card
+    assert not (tmp_path / "saved" / "buffer.safetensors").exists()
+    assert {p.suffix for p in (tmp_path / "saved").iterdir()} <= {".safetensors", ".json", ".yaml", ".md", ".jinja"}
+
+
+# Data and errors
+
+
+def test_what_cannot_start_says_why(folder: str, rows: str, tmp_path: Path) -> None:
+    def message(**fields: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            rlkit.DPO(**{"model": folder, "train_dataset": rows, **fields})
+        return str(caught.value)
+
+    assert "`data`: dpo needs data: --data FILE" in message(train_dataset=None)
+    assert "`model`: dpo needs a causal language model" in message(model=None)
+    near = message(model=str(Path(folder).parent / "modle"))
+    assert "there is no" in near
+    assert "did you mean `model`?" in near
+    assert "cannot load" in message(model=str(tmp_path))
+    assert "did you mean `pairs.jsonl`?" in message(train_dataset=str(Path(rows).with_name("pair.jsonl")))
+    assert "unknown key `bta`; did you mean `beta`?" in message(bta=0.1)
+    assert "take their settings as keywords" in message(args=object())
+    frozen = load_model(folder).requires_grad_(False)
+    assert "no weight of it is trainable" in message(model=frozen)
+    assert "expected a causal language model of transformers" in message(model=torch.nn.Linear(2, 2))
+    assert "no row of" in message(max_length=4)
+    assert "`peft_config`" in message(use_peft=True, lora_target_modules=("nothing_of_that_name",))
+
+
+def test_rows_of_wrong_kinds(folder: str) -> None:
+    def message(data: list[dict[str, Any]]) -> str:
+        with pytest.raises(UserError) as caught:
+            rlkit.DPO(folder, train_dataset=data)
+        return str(caught.value)
+
+    broken = [*PAIRS * 20, {"prompt": "p", "chosen": "c"}, {"prompt": "p", "chosen": "c"}]
+    assert "row 120: missing `rejected`; found `prompt, chosen`" in message(broken)
+    same_text = [{"prompt": "p", "chosen": "c", "rejected": "c"}]
+    assert "row 0: `chosen` equals `rejected`" in message(same_text)
+    labels = [{"prompt": "p", "completion": f"c{i}", "label": True} for i in range(5)]
+    assert "needs both labels; found 5 \N{MULTIPLICATION SIGN} true" in message(labels)
+
+
+def test_held_out_prompts_are_not_trained_on(folder: str) -> None:
+    data = [{"prompt": f"prompt {i // 2}", "chosen": "yes", "rejected": f"no {i}"} for i in range(200)]
+    trainer: Any = rlkit.DPO(folder, train_dataset=data, eval_fraction=0.2)
+
+    def prompts(units: Any) -> set[str]:
+        found = set()
+        for row in units["chosen"].tolist():
+            one = trainer.completions.rows([row])
+            found.add(one["tokens"][0, : int(one["prompt_length"][0])].numpy().tobytes())
+        return found
+
+    held, trained = prompts(trainer.eval_units), prompts(trainer.units)
+    assert not held & trained
+    assert len(held) + len(trained) == 100
+    assert 8 <= len(held) <= 34  # 0.2 of 100 prompts, 3.5 standard deviations of a binomial either way
+
+
+def test_a_changed_data_file_is_noticed_at_resume(folder: str, rows: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rlkit.DPO(folder, train_dataset=rows, out=str(run), **SGD).learn(2)
+    Path(rows).write_text(Path(rows).read_text(encoding="utf-8").replace("Dog", "Cat"), encoding="utf-8")
+    with pytest.raises(UserError, match="data files") as caught:
+        rlkit.resume(run)
+    assert "--allow-changes" in str(caught.value)
+    resumed: Any = rlkit.resume(run, allow_changes=True)
+    resumed.learn(2)
+    assert resumed.clock == 4
+
+
+def test_a_stop_while_the_reference_is_computed(folder: str, rows: str, tmp_path: Path) -> None:
+    """The run is saved, and goes on where it was: the end is that of a run without a stop."""
+    fields = {**SGD, "per_device_train_batch_size": 2}
+    whole: Any = rlkit.DPO(folder, train_dataset=rows, out=str(tmp_path / "whole"), **fields)
+    whole.learn(4)
+    run: Any = rlkit.DPO(folder, train_dataset=rows, out=str(tmp_path / "run"), **fields)
+    passes = []
+    score = run.score
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        passes.append(1)
+        if len(passes) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args, **kwargs)
+
+    run.score = stopping
+    with pytest.raises(Stopped):
+        run.learn(4)
+    assert len(passes) < 4
+    resumed: Any = rlkit.resume(tmp_path / "run")
+    assert resumed.clock == 0
+    resumed.learn()
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+def test_damaged_weights_are_not_loaded(folder: str, rows: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rlkit.DPO(folder, train_dataset=rows, out=str(run), checkpoint_every=2, **SGD).learn(4)
+    newest = run / "checkpoints" / "step-0000000004" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    assert rlkit.load(run, inference=True).clock == 2
+    shutil.rmtree(run / "checkpoints" / "step-0000000002")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        rlkit.load(run)
+
+
+def test_a_divergent_step_is_not_taken() -> None:
+    trainer = dpo(learning_rate=1e38, per_device_train_batch_size=6)
+    with pytest.raises(RlkitError, match=r"(grad_norm|loss) is (nan|inf)"):
+        trainer.learn(20)
+
+
+def test_stop_and_resume_of_a_run_from_files(folder: str, rows: str, tmp_path: Path) -> None:
+    fields = {**SGD, "optim": "adamw", "per_device_train_batch_size": 2, "checkpoint_every": 2, "eval_fraction": 0.3}
+    rlkit.DPO(folder, train_dataset=rows, out=str(tmp_path / "whole"), **fields).learn(9)
+    run: Any = rlkit.DPO(folder, train_dataset=rows, out=str(tmp_path / "run"), **fields)
+    with pytest.raises(Stopped):
+        run.learn(9, callback=StopAt(5))
+    done = run_rlkit("resume", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
