@@ -8,9 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import dpo_speed
 import sac_returns
 
-SUITES = {"sac-returns": sac_returns}
+SUITES = {"sac-returns": sac_returns, "dpo-speed": dpo_speed}
 
 
 def main() -> int:

@@ -889,6 +889,15 @@ class LMTrainer(Trainer):
 
     # Words for the user
 
+    def describe_evaluation(self, record: Mapping[str, Any]) -> str:
+        named = {
+            "eval_reward": "true reward of samples", "eval_kl": "KL to the reference",
+            "eval_rewards/accuracies": "accuracy", "eval_accuracy": "accuracy", "eval_loss": "loss",
+            "eval_completion_length": "tokens of a sample",
+        }  # fmt: skip
+        facts = [f"{label} {record[key]:.4g}" for key, label in named.items() if key in record]
+        return f"{', '.join(facts)} (n={record['eval_units']})"
+
     def say(self, line: str) -> None:
         """A line for the user, on standard error."""
         print(line, file=sys.stderr, flush=True)

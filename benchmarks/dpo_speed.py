@@ -1,0 +1,292 @@
+"""Preference pairs a second of DPO: rlkit against TRL's DPOTrainer.
+
+Both sides train the same model on the same pairs, one epoch, the same batch size, AdamW, no gradient checkpointing
+unless the side says so, and the same number of threads; each run is a process of its own, and sides take turns. Time is
+that of the epoch with all that the reference costs: the column that rlkit fills, the passes of TRL's default, or TRL's
+precomputation. Loading and tokenising are left out on both sides. Before anything is timed, both sides compute the mean
+loss of the same pairs under a policy that is not the reference, and it has to be the same.
+
+Sides: `rlkit`, `trl` (its default, reference on the fly), `trl-precomputed`, the first two with gradient checkpointing
+(`-ckpt`), and rlkit without one technique each (`-plain`: prompts not shared; `-ungrouped`: batches not by length).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from common import RESULTS, append, machine, read, table
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+PACKAGES = ("rlkit-trainers", "torch", "transformers", "trl", "numpy")
+MODELS = ("llama-5m-512", "llama-5m-50k", "stories260k")
+DATA = ("hh_harmless_base", "alpacaeval_pairs")
+SIDES = ("rlkit", "trl", "trl-precomputed", "rlkit-ckpt", "trl-ckpt", "rlkit-plain", "rlkit-ungrouped")
+BATCH, MAX_LENGTH, PAIRS, REPEATS, THREADS = 8, 512, 64, 3, 2
+
+
+def build(name: str, folder: Path, seed: int = 0) -> None:
+    """A model and its tokenizer in `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    if name == "stories260k":
+        source = SHARED / "models" / "stories260k"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        if seed:
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    else:
+        tokens = SHARED / "tokenizers" / "gpt2" if name.endswith("50k") else SHARED / "models" / "stories260k"
+        tokenizer = AutoTokenizer.from_pretrained(tokens)
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=256, intermediate_size=704, num_hidden_layers=6,
+                num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1024, tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def rows_of(data: str, pairs: int) -> list[dict[str, str]]:
+    """The first pairs of a data set whose prompts leave room for a completion."""
+    from rlkit.envs.preferences import read as read_data
+
+    records = read_data(SHARED / "preferences" / data / "train.jsonl.gz").records
+    rows = [
+        {"prompt": r.prompt, "chosen": r.completions[0], "rejected": r.completions[1]}
+        for r in records
+        if isinstance(r.prompt, str) and len(r.prompt) < MAX_LENGTH
+    ]
+    return rows[:pairs]  # type: ignore[return-value]
+
+
+def rlkit_trainer(folder: str, rows: list[dict[str, str]], precision: str, side: str, **options: Any) -> Any:
+    import rlkit
+
+    return rlkit.DPO(
+        folder, train_dataset=rows, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
+        max_length=MAX_LENGTH, eval_fraction=0, boundary="common", device="cpu", precision=precision,
+        reference_cache=False, gradient_checkpointing=side.endswith("-ckpt"),
+        batching="plain" if side.endswith("-plain") else "auto", group_by_length=not side.endswith("-ungrouped"),
+        **options,
+    )  # fmt: skip
+
+
+def trl_trainer(folder: str, rows: list[dict[str, str]], precision: str, side: str, place: str, **options: Any) -> Any:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        output_dir=place, num_train_epochs=1, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
+        max_length=MAX_LENGTH, bf16=precision == "bf16", use_cpu=True, gradient_checkpointing=side.endswith("-ckpt"),
+        precompute_ref_log_probs=side.endswith("-precomputed"), report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_steps=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return DPOTrainer(
+        model, args=config, train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder), **options,
+    )  # fmt: skip
+
+
+def check(model: str, data: str, precision: str = "float32") -> None:
+    """Print both sides' mean loss of 16 pairs under a policy that is not the reference."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(THREADS)
+    rows = rows_of(data, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        places = [str(Path(folder) / str(seed)) for seed in range(2)]
+        for seed, place in enumerate(places):
+            build(model, Path(place), seed)
+        ours = rlkit_trainer(
+            places[0], rows, precision, "rlkit", eval_dataset=rows, ref_model=places[1], eval_samples=0
+        )
+        ours.prepare(lambda: False)
+        reference = AutoModelForCausalLM.from_pretrained(places[1], dtype=torch.float32)
+        theirs = trl_trainer(
+            places[0], rows, precision, "trl", folder, ref_model=reference, eval_dataset=Dataset.from_list(rows)
+        )
+        a, b = ours.evaluate(len(rows))["eval_loss"], theirs.evaluate()["eval_loss"]
+    print(json.dumps({"rlkit": a, "trl": b}))
+
+
+def run_one(model: str, data: str, side: str, pairs: int, precision: str = "float32") -> None:
+    """One epoch; prints seconds, of them for the reference, tokens of the pairs, and peak memory."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    rows = rows_of(data, pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        build(model, Path(folder) / "model")
+        base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if side.startswith("rlkit"):
+            trainer = rlkit_trainer(str(Path(folder) / "model"), rows, precision, side)
+            count = len(trainer.units)
+            began = time.perf_counter()
+            trainer.prepare(lambda: False)
+            reference = time.perf_counter() - began
+            trainer.learn()
+            seconds = time.perf_counter() - began
+        else:
+            from trl import DPOTrainer
+
+            spent = [0.0]
+            compute = DPOTrainer._precompute_ref_logps
+
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                began = time.perf_counter()
+                result = compute(*args, **kwargs)
+                spent[0] += time.perf_counter() - began
+                return result
+
+            DPOTrainer._precompute_ref_logps = timed
+            trainer = trl_trainer(str(Path(folder) / "model"), rows, precision, side, folder)
+            count = len(trainer.train_dataset)
+            began = time.perf_counter()
+            trainer.train()
+            reference = spent[0]
+            seconds = time.perf_counter() - began + reference
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+    print(
+        json.dumps(
+            {"pairs": count, "seconds": seconds, "reference_seconds": reference, "memory": (peak - base) * unit / 2**20}
+        )
+    )
+
+
+def same_loss(model: str, data: str) -> dict[str, Any]:
+    """Both sides' losses, which have to be equal up to rounding."""
+    found = call("check", model, data)
+    if abs(found["rlkit"] - found["trl"]) > 1e-4 * abs(found["trl"]):
+        raise RuntimeError(f"{model} on {data}: the losses differ, {found}; nothing is timed")
+    return {"loss_rlkit": found["rlkit"], "loss_trl": found["trl"]}
+
+
+def matmul_rate() -> float:
+    """GFLOP/s of float32 matrix products here and now: what the machine could do."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    a, times = torch.randn(1024, 1024), []
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * 1024**3 / median(times) / 1e9
+
+
+def call(*args: str) -> dict[str, Any]:
+    """Run this file in a process of its own; its last line is the result."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(THREADS),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, *args], capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(args)} failed:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def main(quick: bool = False) -> str:
+    if not SHARED.exists():
+        return f"needs the preference data and models under {SHARED}"
+    out = RESULTS / ("dpo-speed-quick.csv" if quick else "dpo-speed.csv")
+    where = machine(PACKAGES)
+    workloads = [(m, d) for m in MODELS for d in DATA][: 1 if quick else None]
+    losses: dict[tuple[str, str], dict[str, Any]] = {}
+    done: dict[tuple[str, ...], int] = defaultdict(int)
+    for row in read(out):
+        done[row["model"], row["data"], row["side"]] += 1
+    for repeat in range(1 if quick else REPEATS):  # outermost, so that all sides see the machine's moods
+        for model, data in workloads:
+            for side in SIDES[: 3 if quick else None]:
+                if done[model, data, side] > repeat:
+                    continue
+                if (model, data) not in losses:
+                    losses[model, data] = same_loss(model, data)
+                rate = matmul_rate()
+                result = call("run", model, data, side, str(16 if quick else PAIRS))
+                new = {"model": model, "data": data, "precision": "float32", "side": side, "repeat": repeat}
+                new |= {"pairs_per_second": round(result["pairs"] / result["seconds"], 4), **result}
+                new |= {"matmul_gflops": round(rate, 1), **losses[model, data]}
+                append(out, [{**new, "threads": THREADS, "batch": BATCH, "max_length": MAX_LENGTH, **where}])
+    return report(out)
+
+
+def report(out: Path) -> str:
+    """Medians and ratios as Markdown, also written beside the CSV."""
+    found: dict[tuple[str, str, str], dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    rows = read(out)
+    for row in rows:
+        found[row["model"], row["data"], row["precision"]][row["side"]].append(row)
+
+    def middle(members: list[dict[str, str]], key: str) -> float:
+        return float(np.median([float(r[key]) for r in members])) if members else float("nan")
+
+    lines, parts = [], []
+    for (model, data, precision), sides in found.items():
+        speed = {side: middle(sides[side], "pairs_per_second") for side in SIDES}
+        memory = {side: middle(sides[side], "memory") for side in SIDES}
+        lines.append(
+            [
+                model, data, precision, f"{speed['rlkit']:.2f}", f"{speed['trl']:.2f}",
+                f"{speed['trl-precomputed']:.2f}",
+                f"{speed['rlkit'] / speed['trl']:.2f}x", f"{speed['rlkit'] / speed['trl-precomputed']:.2f}x",
+                f"{speed['rlkit-ckpt'] / speed['trl-ckpt']:.2f}x", f"{memory['rlkit']:.0f} / {memory['trl']:.0f}",
+            ]
+        )  # fmt: skip
+        share = middle(sides["rlkit"], "reference_seconds") / middle(sides["rlkit"], "seconds")
+        parts.append(
+            [
+                model, data, precision, f"{speed['rlkit'] / speed['rlkit-plain']:.2f}x",
+                f"{speed['rlkit'] / speed['rlkit-ungrouped']:.2f}x", f"{share:.0%}",
+            ]
+        )  # fmt: skip
+    header = (
+        "model", "data", "precision", "rlkit pairs/s", "TRL", "TRL precomputed", "rlkit / TRL", "rlkit / precomputed",
+        "both checkpointed", "peak MiB, rlkit / TRL",
+    )  # fmt: skip
+    ablation = ("model", "data", "precision", "sharing prompts", "batches by length", "time in the reference")
+    rate = np.median([float(r["matmul_gflops"]) for r in rows])
+    text = (
+        f"{table(header, lines)}\n\nWhat each technique brings: speed with it over speed without.\n\n"
+        f"{table(ablation, parts)}\n\nMedians of {REPEATS} runs of {PAIRS} pairs; {rows[-1]['threads']} threads on "
+        f"{rows[-1]['cores']} cores of {rows[-1]['processor']}, matrix products at {rate:.0f} GFLOP/s; "
+        f"{rows[-1]['versions']}\n"
+    )
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "check":
+        check(*sys.argv[2:])
+    else:
+        run_one(*sys.argv[2:5], int(sys.argv[5]), *sys.argv[6:])
