@@ -279,6 +279,19 @@ def data(args: Sequence[str]) -> int:
     return 0
 
 
+def push(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit push", description="Upload a language model to the Hugging Face hub.")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("repo", metavar="REPO", help="user/name; made if it is not there")
+    parser.add_argument("--public", action="store_true", help="a new repository is private otherwise")
+    parser.add_argument("--merged", action="store_true", help="merge an adapter into its model")
+    given = parse(parser, args)
+    from rlkit.lm.publish import push as upload
+
+    print(upload(given.run, given.repo, private=not given.public, merged=given.merged))
+    return 0
+
+
 def doctor(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit doctor", description="Versions, devices, and what is installed.")
     parser.add_argument("--determinism", action="store_true", help="run a tiny job twice and compare hashes")
@@ -301,6 +314,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (evaluate, "evaluate the newest checkpoint of a run"),
     "plot": (plot, "learning curves of one or several runs"),
     "data": (data, "`data inspect FILE`: counts, problems, token lengths, examples"),
+    "push": (push, "upload a language model to the Hugging Face hub"),
     "bench": (bench, "run a benchmark suite of a checkout"),
     "doctor": (doctor, "versions, devices and extras"),
 }

@@ -27,6 +27,10 @@ TINY: dict[str, Any] = {
     "log_every": 15,
     "checkpoint_every": 30,
     "tensorboard": False,
+}
+"""Fields for runs of a second of control trainers; those that one does not have are left out."""
+
+TINY_LANGUAGE: dict[str, Any] = {
     "letters": {
         "supervised_steps": 20,
         "n_demonstrations": 64,
@@ -37,7 +41,7 @@ TINY: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "eval_samples": 2,
 }
-"""Fields for runs of a second; those that a trainer does not have are left out."""
+"""The same, besides, for trainers of language models."""
 
 
 def tiny_fields(name: str, **fields: Any) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def tiny_fields(name: str, **fields: Any) -> dict[str, Any]:
     cls = registry.get(name)
     known = {field.name for field in dataclasses.fields(cls.Config)}
     task = {k: v for k, v in cls.default_task.items() if k != "steps"}
-    values = {**task, "preset": None, **TINY, **fields}
+    values = {**task, "preset": None, **TINY, **TINY_LANGUAGE, **fields}
     return {k: v for k, v in values.items() if k in known}
 
 

@@ -25,6 +25,7 @@ from helpers import TINY, close, fingerprint, run_rlkit
 import rlkit
 from rlkit.cli import main
 from rlkit.errors import CheckpointError, EnvError, RlkitError, UserError
+from rlkit.rewards.text import RewardError
 
 SMALL: dict[str, Any] = {**TINY, "eval_episodes": 0}
 
@@ -419,7 +420,8 @@ def test_objects_are_asked_for_in_python(object_run: Path) -> None:
 def test_every_error_has_its_exit_code() -> None:
     """2 for wrong use; 1 for what failed underneath."""
     codes = {cls.__name__: cls.exit_code for cls in RlkitError.__subclasses__()}
-    assert codes == {"UserError": 2, "EnvError": 1, "CheckpointError": 1, "DivergenceError": 1}
+    assert RewardError.__name__ in codes
+    assert codes == {"UserError": 2, "EnvError": 1, "CheckpointError": 1, "DivergenceError": 1, "RewardError": 1}
 
 
 @pytest.mark.parametrize("case", ["trainer", "environment", "device"])

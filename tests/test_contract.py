@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, as_options, close, fingerprint, learn_with_stops, run_rlkit, tiny, tiny_fields
+from helpers import TINY_LANGUAGE, as_options, close, fingerprint, learn_with_stops, run_rlkit, tiny, tiny_fields
 
 import rlkit
 from rlkit import registry
@@ -36,7 +36,7 @@ def test_defaults_build_the_embedded_task(name: str) -> None:
     cls = registry.get(name)
     task = {k: v for k, v in cls.default_task.items() if k != "steps"}
     if "letters" in tiny_fields(name):
-        task["letters"] = TINY["letters"]
+        task["letters"] = TINY_LANGUAGE["letters"]
     trainer = cls(config=cls.make_config(task))
     assert trainer.name == name
     assert cls.default_task["steps"] >= 1

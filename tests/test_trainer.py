@@ -185,8 +185,8 @@ def test_a_callback_can_end_a_run() -> None:
         return len(calls) < 3
 
     agent = make().learn(1000, callback=callback)
-    assert calls == [0, 8, 16], "it is called where experience was gathered: here, at each epoch"
-    assert agent.updates == 16
+    assert calls == [1, 2, 3], "it is called whenever the clock has advanced: here, after each update"
+    assert agent.updates == 3
     with pytest.raises(UserError, match="callback"):
         agent.learn(1, callback="no function")  # type: ignore[arg-type]
 

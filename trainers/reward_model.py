@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from rlkit.config import NonNegative, Whole
 from rlkit.lm import models
-from rlkit.lm.trainer import Columns, PairConfig, PairTrainer, Totals
+from rlkit.lm.config import PairConfig
+from rlkit.lm.trainer import Columns, PairTrainer, Totals
 
 
 @dataclass(frozen=True, kw_only=True)

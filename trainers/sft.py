@@ -20,7 +20,8 @@ from rlkit.config import NonNegative
 from rlkit.envs import preferences
 from rlkit.errors import UserError
 from rlkit.lm import embedded
-from rlkit.lm.trainer import Columns, LMConfig, LMTrainer, Scored, Totals
+from rlkit.lm.config import LMConfig
+from rlkit.lm.trainer import Columns, LMTrainer, Scored, Totals
 
 
 @dataclass(frozen=True, kw_only=True)
