@@ -124,3 +124,47 @@ def test_push_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[s
     tiny("sft").learn(1).save(tmp_path / "sft")  # the tests run with the hub switched off
     assert main(["push", str(tmp_path / "sft"), "me/model"]) == 2
     assert "cannot push to me/model" in capsys.readouterr().err
+
+
+def test_a_chat_file_and_an_adapter(files: tuple[str, str], tmp_path: Path) -> None:
+    """Conversations, with the template of the tokenizer; the run's checkpoint is an adapter that peft loads."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    data = tmp_path / "chat.jsonl"
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in PAIRS
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = tmp_path / "run"
+    done = run_rlkit("train", *options((files[0], str(data)), run, "--use_peft", "--lora_r", "2", "--steps", "5"))
+    assert done.returncode == 0, done.stderr
+    assert "messages" in done.stdout
+    assert "<bos><|user|>Name a colour.<eos><|assistant|>⟦ Blue, as the sea.<eos>⟧" in done.stdout
+    assert "of them trained" in done.stdout
+    place = run / "checkpoints" / "step-0000000005"
+    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+    inputs = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] <= inputs["input_ids"].shape[1] + 3
+    resumed = run_rlkit("resume", str(run), "--steps", "8")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_conversation_without_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    folder = Path(saved_llama(tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    data = tmp_path / "chat.jsonl"
+    row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}
+    data.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert main(["train", "sft", "--model", str(folder), "--data", str(data), "--eval_fraction", "0"]) == 2
+    assert "`--chat_template FILE`" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,15 @@ def _tried(source: str, load: Any, **kwargs: Any) -> Any:
         ) from error
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute activations in the backward pass."""
+    base: Any = unwrapped(model)
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if is_adapted(model):  # frozen embeddings give nothing that needs a gradient, which recomputation starts from
+        base.enable_input_require_grads()
+
+
 def own_memory(model: nn.Module) -> None:
     """Give every weight memory of PyTorch's own allocator.
 
@@ -150,7 +160,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> nn.Module:
     from peft import get_peft_model
 
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # what peft asks transformers for is about to be renamed: nothing to do here
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, config)
     except (ValueError, KeyError) as error:
         raise UserError(f"`peft_config`: {str(error).strip().splitlines()[0]}") from error
 

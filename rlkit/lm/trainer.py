@@ -173,7 +173,7 @@ class LMTrainer(Trainer):
         if config.disable_dropout:
             models.without_dropout(self.model)
         if config.gradient_checkpointing:
-            models.unwrapped(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+            models.checkpoint_activations(self.model)
         models.own_memory(self.model)
         self.model.to(self.device).train()
         self.track(optimizer=self._make_optimizer())
