@@ -24,6 +24,7 @@ from rlkit.lm.layout import (
     Mode,
     Row,
     Scorer,
+    cheapest,
     check_causal,
     choose,
     first_fit_decreasing,
@@ -601,3 +602,22 @@ def test_distributed_wrappers_hold_a_scorer(how: str) -> None:
         torch.testing.assert_close(logp, expected, rtol=0, atol=5e-5)
         found = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients(model, logp).items()}
         check_gradients(found, wanted, 1e-4)
+
+
+def test_sharing_is_chosen_where_it_is_cheaper() -> None:
+    """A prompt of 200 with branches of 4 tokens spares about half of all tokens, and has as many pairs of tokens as two
+    causal rows, 208^2 against 2 x 204^2 / 2. One of 2 with branches of 200 spares almost nothing, and has four times as
+    many pairs, 402^2 against 2 x 202^2 / 2.
+    """
+    model = tiny("llama")
+    rng = np.random.default_rng(0)
+
+    def pair(prompt: int, branch: int) -> list[Row]:
+        shared = rng.integers(3, 60, prompt)
+        mask = np.arange(prompt + branch) >= prompt
+        return [Row(np.concatenate([shared, rng.integers(3, 60, branch)]), mask, prompt) for _ in range(2)]
+
+    assert cheapest(model, pair(200, 4), "shared") == "shared"
+    assert cheapest(model, pair(2, 200), "shared") == "plain"
+    assert cheapest(model, pair(200, 4), "packed") == "packed"
+    assert cheapest(model, pair(200, 4), "plain") == "plain"

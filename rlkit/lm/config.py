@@ -89,7 +89,8 @@ class LMConfig(RunConfig):
     """Modules that get an adapter, by name."""
     batching: Literal["auto", "packed", "shared", "plain"] = "auto"
     """`shared` computes a prompt once for its completions, `packed` also puts several prompts into a row, `plain` does
-    neither. `auto` is `shared`, and whatever is not `plain` is verified on this model before it is used."""
+    neither. `auto` is `shared` in passes where that is cheaper, else `plain`. Whatever is not `plain` is verified on
+    this model before it is used."""
     packing_length: Count = 512
     """Tokens up to which a packed row is filled."""
     group_by_length: bool = True

@@ -53,6 +53,8 @@ TOLERANCE = 1e-3
 """Largest difference of a token's log-probability between modes in float32; rounding makes about 1e-5."""
 TOLERANCE_HALF = 0.1
 """The same for weights in half precision, or three times what batching alone changes, whichever is larger."""
+ATTENTION = 3.0
+"""Price of an operation in attention, in operations of a matrix product; measured on CPUs with heads of 8 to 64."""
 LONGEST_CHECK = 2048
 """Tokens of the longest made-up row that `verify` runs."""
 
@@ -551,6 +553,29 @@ def check_causal(model: nn.Module, row: Row) -> float:
     with evaluating(model):
         a, b = (called(input_ids=ids, use_cache=False).logits[0, -n:-1].float() for ids in (tokens, other))
     return float((a.log_softmax(-1) - b.log_softmax(-1)).abs().max())
+
+
+def cheapest(model: nn.Module, rows: Sequence[Row], mode: Mode) -> Mode:
+    """`mode`, or `plain` where sharing these rows' prompts costs more than it saves.
+
+    Sharing spares matrix products for the repeated prompt, but its masked attention computes every pair of a row's
+    tokens, of which `plain` rows compute half, and a row's branches do not see one another. So it pays for long prompts
+    with short completions. The estimate counts 2 operations a weight and token, and 4 a hidden unit, layer and pair of
+    tokens, these at ATTENTION times the price.
+    """
+    if mode == "plain":
+        return mode
+    config = text_config(model)
+    layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
+    embedding = causal_lm(model).get_input_embeddings()
+    weights = sum(p.numel() for p in causal_lm(model).parameters()) - sum(p.numel() for p in embedding.parameters())
+
+    def cost(which: Mode, causal: float) -> float:
+        lengths = Layout.build(rows, which).lengths.double()
+        pairs = float(lengths.square().sum()) * causal
+        return 2 * weights * float(lengths.sum()) + ATTENTION * 4 * hidden * layers * pairs
+
+    return mode if cost("shared", 1.0) <= cost("plain", 0.5) else "plain"
 
 
 def verify(model: nn.Module, rows: Sequence[Row], mode: Mode, head: Head | None = None) -> float:

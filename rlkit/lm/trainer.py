@@ -32,7 +32,7 @@ from rlkit.envs import preferences
 from rlkit.errors import RlkitError, UserError, differences
 from rlkit.lm import embedded, models
 from rlkit.lm.config import LMConfig, PairConfig
-from rlkit.lm.layout import Layout, Mode, Row, choose, forward, rows_of
+from rlkit.lm.layout import Layout, Mode, Row, cheapest, choose, forward, rows_of
 from rlkit.lm.logps import Head, find_head
 from rlkit.lm.pairs import pairs_of
 from rlkit.lm.reference import ReferenceCache, cache_folder, row_key
@@ -457,9 +457,10 @@ class LMTrainer(Trainer):
     def score_rows(self, rows: Sequence[Row], *, model: nn.Module | None = None, with_entropy: bool = False) -> Scored:
         """Log-probs of completions that need not be stored."""
         config = self.config
-        limit = config.packing_length if self.batching == "packed" else None
-        layout = Layout.build(rows, self.batching, max_row=limit).to(self.device)
         model = self.model if model is None else model
+        mode = cheapest(model, rows, self.batching) if config.batching == "auto" else self.batching
+        limit = config.packing_length if mode == "packed" else None
+        layout = Layout.build(rows, mode, max_row=limit).to(self.device)
         with self.autocast():
             stats = forward(
                 model,
@@ -587,7 +588,7 @@ class LMTrainer(Trainer):
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "attention": models.unwrapped(self.model).config._attn_implementation,
-            "batching": self.batching,
+            "batching": f"{self.config.batching}, {self.batching}",
             "logits_memory": self.config.logits_memory,
             **versions(),
         }
