@@ -567,7 +567,7 @@ def cheapest(model: nn.Module, rows: Sequence[Row], mode: Mode) -> Mode:
         return mode
     config = text_config(model)
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
-    embedding = causal_lm(model).get_input_embeddings()
+    embedding: nn.Module = causal_lm(model).get_input_embeddings()  # type: ignore[operator]
     weights = sum(p.numel() for p in causal_lm(model).parameters()) - sum(p.numel() for p in embedding.parameters())
 
     def cost(which: Mode, causal: float) -> float:
