@@ -274,10 +274,12 @@ def report(out: Path) -> str:
         "both checkpointed", "peak MiB, rlkit / TRL",
     )  # fmt: skip
     ablation = ("model", "data", "precision", "sharing prompts", "batches by length", "time in the reference")
+    counts = sorted({len(members) for sides in found.values() for members in sides.values()})
+    runs = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else f"{counts[0]} run" + "s" * (counts[0] > 1)
     rate = np.median([float(r["matmul_gflops"]) for r in rows])
     text = (
         f"{table(header, lines)}\n\nWhat each technique brings: speed with it over speed without.\n\n"
-        f"{table(ablation, parts)}\n\nMedians of {REPEATS} runs of {PAIRS} pairs; {rows[-1]['threads']} threads on "
+        f"{table(ablation, parts)}\n\nMedians of {runs} of {rows[-1]['pairs']} pairs; {rows[-1]['threads']} threads on "
         f"{rows[-1]['cores']} cores of {rows[-1]['processor']}, matrix products at {rate:.0f} GFLOP/s; "
         f"{rows[-1]['versions']}\n"
     )
