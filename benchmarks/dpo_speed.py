@@ -250,6 +250,9 @@ def report(out: Path) -> str:
     def middle(members: list[dict[str, str]], key: str) -> float:
         return float(np.median([float(r[key]) for r in members])) if members else float("nan")
 
+    def ratio(a: float, b: float) -> str:
+        return f"{a / b:.2f}x" if a / b == a / b else "-"
+
     lines, parts = [], []
     for (model, data, precision), sides in found.items():
         speed = {side: middle(sides[side], "pairs_per_second") for side in SIDES}
@@ -258,15 +261,15 @@ def report(out: Path) -> str:
             [
                 model, data, precision, f"{speed['rlkit']:.2f}", f"{speed['trl']:.2f}",
                 f"{speed['trl-precomputed']:.2f}",
-                f"{speed['rlkit'] / speed['trl']:.2f}x", f"{speed['rlkit'] / speed['trl-precomputed']:.2f}x",
-                f"{speed['rlkit-ckpt'] / speed['trl-ckpt']:.2f}x", f"{memory['rlkit']:.0f} / {memory['trl']:.0f}",
+                ratio(speed['rlkit'], speed['trl']), ratio(speed['rlkit'], speed['trl-precomputed']),
+                ratio(speed['rlkit-ckpt'], speed['trl-ckpt']), f"{memory['rlkit']:.0f} / {memory['trl']:.0f}",
             ]
         )  # fmt: skip
         share = middle(sides["rlkit"], "reference_seconds") / middle(sides["rlkit"], "seconds")
         parts.append(
             [
-                model, data, precision, f"{speed['rlkit'] / speed['rlkit-plain']:.2f}x",
-                f"{speed['rlkit'] / speed['rlkit-ungrouped']:.2f}x", f"{share:.0%}",
+                model, data, precision, ratio(speed['rlkit'], speed['rlkit-plain']),
+                ratio(speed['rlkit'], speed['rlkit-ungrouped']), f"{share:.0%}",
             ]
         )  # fmt: skip
     header = (
@@ -274,7 +277,7 @@ def report(out: Path) -> str:
         "both checkpointed", "peak MiB, rlkit / TRL",
     )  # fmt: skip
     ablation = ("model", "data", "precision", "sharing prompts", "batches by length", "time in the reference")
-    counts = sorted({len(members) for sides in found.values() for members in sides.values()})
+    counts = sorted({len(members) for sides in found.values() for members in sides.values() if members})
     runs = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else f"{counts[0]} run" + "s" * (counts[0] > 1)
     rate = np.median([float(r["matmul_gflops"]) for r in rows])
     text = (
