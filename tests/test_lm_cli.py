@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,6 @@ def test_epochs_without_steps(files: tuple[str, str], tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "run" / "eval.jsonl")[-1]["step"] == 2 * -(-kept // 2)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_a_killed_run_resumes_exactly(files: tuple[str, str], tmp_path: Path) -> None:
     done = run_rlkit("train", *options(files, tmp_path / "whole", "--steps", "120"))
     assert done.returncode == 0, done.stderr

@@ -955,24 +955,39 @@ COUNTS = {  # rows of the files, by the list that comes with them; the kind; rec
 }
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not on this machine")
-@pytest.mark.parametrize("name", COUNTS)
-def test_real_data(name: str) -> None:
-    *counts, kind = COUNTS[name]
+MADE = {"made/pairs": (3, 40, "pairs"), "made/reasoning": (2, 0, "prompts")}
+"""The same of folders that the test writes, so that it runs without the real ones, too."""
+
+
+def made_folder(folder: Path, name: str) -> Path:
+    for split, rows in zip(("test", "train"), MADE[name][:2], strict=True):
+        if rows:
+            numbers = range(rows) if split == "train" else range(100, 100 + rows)
+            made = [pair(i) if name == "made/pairs" else {"question": f"q{i}", "answer": f"{i}"} for i in numbers]
+            (folder / f"{split}.jsonl.gz").write_bytes(
+                gzip.compress("".join(f"{json.dumps(r)}\n" for r in made).encode())
+            )
+    return folder
+
+
+@pytest.mark.parametrize("name", [*MADE, *(COUNTS if SHARED.exists() else ())])
+def test_folders_of_data(name: str, tmp_path: Path) -> None:
+    *counts, kind = {**COUNTS, **MADE}[name]
+    folder = made_folder(tmp_path, name) if name in MADE else SHARED / name
     for split, rows in zip(("test", "train"), counts, strict=True):
         if not rows:
-            assert f"no split `{split}`" in refused(SHARED / name, split=split)
+            assert f"no split `{split}`" in refused(folder, split=split)
             continue
-        data = read(SHARED / name, split=split)
+        data = read(folder, split=split)
         assert (data.kind, data.report.rows, data.report.kept) == (kind, rows, rows)
         assert data.report.dropped == {}
         if name.endswith("pandalm_human"):
-            check_votes(SHARED / name / f"{split}.jsonl.gz", data)
+            check_votes(folder / f"{split}.jsonl.gz", data)
         else:
             assert len(data) == rows
         if name.endswith("alpacaeval_pairs"):  # the list says: about 71 % and 75 %
             assert data.report.longer_chosen == pytest.approx({"train": 0.71, "test": 0.75}[split], abs=0.005)
-        if name.startswith("reasoning"):
+        if "reasoning" in name:
             assert "answer" in data.columns
 
 

@@ -99,7 +99,7 @@ class ReferenceCache:
         try:
             with self._db:
                 self._db.executemany(
-                    "INSERT OR REPLACE INTO rows VALUES (?, ?)", [(k, v.astype("<f4").tobytes()) for k, v in rows]
+                    "INSERT OR IGNORE INTO rows VALUES (?, ?)", [(k, v.astype("<f4").tobytes()) for k, v in rows]
                 )
         except sqlite3.Error as error:
             self._give_up(error)

@@ -551,6 +551,7 @@ class LMTrainer(Trainer):
         tokens, masks = self.completions["tokens"], self.completions["mask"]
         keys = [row_key(t.cpu().numpy(), m.cpu().numpy()) for t, m in zip(tokens, masks, strict=True)]
         values: list[Any] = [None] * len(keys)
+        known: dict[bytes, Any] = {}
         with self.reference() as model, self._reference_cache() as cache:
             for units, ids in self._reference_batches():
                 if should_stop():
@@ -563,7 +564,12 @@ class LMTrainer(Trainer):
                 if len(logps) < len(cached):  # a whole batch anew, so that a second run computes the same bits
                     with torch.no_grad():
                         out = self.score(self.columns(units, ids), model=model)
-                    logps = [logp.numpy(force=True) for logp in out.logp.split(lengths)]
+                    computed = [logp.numpy(force=True) for logp in out.logp.split(lengths)]
+                    # Equal rows of several batches keep the first value, which is also the one in the cache.
+                    logps = [
+                        known.setdefault(keys[row], new if old is None else old)
+                        for row, new, old in zip(rows.tolist(), computed, cached, strict=True)
+                    ]
                     cache.put((keys[row], logp) for row, logp in zip(rows.tolist(), logps, strict=True))
                 for row, logp in zip(rows.tolist(), logps, strict=True):
                     values[row] = logp
