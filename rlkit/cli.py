@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlkit import registry
+from rlkit import processes, registry
 from rlkit._version import __version__
 from rlkit.errors import RlkitError, Stopped, UserError, did_you_mean
 
@@ -113,9 +113,10 @@ def train(args: Sequence[str]) -> int:
     in_file = fields.pop("steps", None)
     steps = given["steps"] or (cls.default_steps if in_file is None else _count_in(path, in_file))
     if embedded:
-        print(f"no task given: the embedded one, {_task(cls, steps)}")
+        _say(f"no task given: the embedded one, {_task(cls, steps)}")
     if fields.get("out") is None:
-        fields["out"] = str(_new_folder(name, fields))
+        folder = _new_folder(name, fields)  # of the main process's clock
+        fields["out"] = processes.join(fields.get("device", "auto")).from_main(lambda: str(folder))
     from rlkit.signals import stop
 
     with stop:
@@ -151,11 +152,17 @@ def _new_folder(name: str, fields: dict[str, Any]) -> Path:
 
 def _learn(trainer: Trainer, steps: int | None) -> int:
     """Learn with progress, then print what changed."""
-    print(trainer.describe(), flush=True)
+    _say(trainer.describe())
     trainer.learn(steps, progress_bar=True)
     for line in trainer.summary():
-        print(line)
+        _say(line)
     return 0
+
+
+def _say(line: str) -> None:
+    """Print, in the main one of several processes."""
+    if processes.is_main():
+        print(line, flush=True)
 
 
 def resume(args: Sequence[str]) -> int:
@@ -177,9 +184,9 @@ def resume(args: Sequence[str]) -> int:
                 )
             trainer.target = given.steps
             if trainer.horizon and given.steps > trainer.horizon:
-                print(f"schedules keep the horizon they started with, {trainer.horizon:,} steps")
+                _say(f"schedules keep the horizon they started with, {trainer.horizon:,} steps")
         elif trainer.finished:
-            print(f"{given.run} is finished: step {trainer.clock:,}. `--steps N` goes on to a larger total.")
+            _say(f"{given.run} is finished: step {trainer.clock:,}. `--steps N` goes on to a larger total.")
             return 0
         return _learn(trainer, None)
 
@@ -348,13 +355,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0 if not args else 2
     except RlkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        who = "" if processes.is_main() else f"process {os.environ['RANK']}: "
+        print(f"{who}error: {error}", file=sys.stderr)
         return error.exit_code
     except argparse.ArgumentTypeError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
     except Stopped as stopped:
-        print(stopped.message, file=sys.stderr)
+        processes.say(stopped.message)
         return int(stopped.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

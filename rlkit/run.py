@@ -1,5 +1,7 @@
 """A run: what surrounds the loop. Its folder, schedules of logging, evaluation and checkpoints, signals, progress.
 
+With several processes every one of them goes through here; the main one alone writes and speaks.
+
 The schedules are functions of the trainer's clock and of `trainer.marks`, which is saved with the run, so a resumed run
 logs, evaluates and saves at the same steps as one that was never stopped.
 
@@ -8,7 +10,6 @@ Folder: `config.yaml`, `metrics.jsonl`, `metrics.csv`, `eval.jsonl`, `tb/`, `che
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rlkit import checkpoint
+from rlkit import checkpoint, processes
 from rlkit.errors import RlkitError, Stopped, UserError
 from rlkit.metrics import RunLog
 from rlkit.progress import Progress
@@ -79,24 +80,32 @@ class Run:
         self, trainer: Trainer, folder: Path | None, *, progress: bool = False, callback: Callback | None = None
     ) -> None:
         self.trainer, self.folder, self.callback = trainer, folder, callback
+        self.processes = trainer.processes
         self.config = trainer.config
         self.finished_by_callback = False
-        self._progress = Progress(trainer.target, trainer.clock, trainer.counts) if progress else None
+        shown = progress and self.processes.is_main
+        self._progress = Progress(trainer.target, trainer.clock, trainer.counts) if shown else None
         self._saved_at: tuple[int, float] | None = None
 
     @property
     def stopping(self) -> bool:
-        return stop.requested or self.finished_by_callback
+        return self.processes.any(stop.requested or self.finished_by_callback)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal has reached any of the processes."""
+        return self.processes.any(stop.requested)
 
     def __enter__(self) -> Run:
         trainer = self.trainer
         with ExitStack() as undo:  # in the reverse order, if anything below fails
             stop.__enter__()
             undo.callback(stop.__exit__, None, None, None)
+            main = self.processes.is_main
             self.log = trainer.log = RunLog(
-                self.folder,
-                tensorboard=self.config.tensorboard and self.folder is not None,
-                wandb=self.config.wandb,
+                self.folder if main else None,
+                tensorboard=self.config.tensorboard and self.folder is not None and main,
+                wandb=self.config.wandb if main else False,
                 config=trainer.saved_config(),
                 resume_records=trainer.marks["records"],
                 resume_eval_records=trainer.marks["eval_records"],
@@ -183,16 +192,17 @@ class Run:
             return
         trainer.seconds += time.monotonic() - self._began
         self._began, self._began_at = time.monotonic(), trainer.clock
-        try:
-            self.log.sync()
-            trainer.write_checkpoint(checkpoint.checkpoint_folder(self.folder, trainer.clock))
-        except OSError as error:
+        error = _failure(self.log.sync)
+        if not self.processes.any(error is not None):
+            place = checkpoint.checkpoint_folder(self.folder, trainer.clock)
+            error = _failure(lambda: trainer.write_checkpoint(place))
+        if self.processes.any(error is not None):
             if last:
                 raise RlkitError(f"cannot write the last checkpoint of {self.folder}: {error}") from error
             self.say(f"cannot write a checkpoint at step {trainer.clock:,} ({error}); training goes on")
             return
         self._saved_at = (trainer.clock, trainer.owed)
-        warning = checkpoint.prune(self.folder, self.config.keep_checkpoints)
+        warning = checkpoint.prune(self.folder, self.config.keep_checkpoints) if self.processes.is_main else None
         if warning:
             self.say(warning)
 
@@ -201,19 +211,19 @@ class Run:
         if self._progress:
             self._progress.say(line)
         else:
-            print(line, file=sys.stderr, flush=True)
+            processes.say(line)
 
     def _finish(self) -> None:
         """The records and the checkpoint of the end, or of a stop by a signal."""
         trainer = self.trainer
-        if not stop.requested:
+        if not self.interrupted:
             if trainer.marks["logged_at"] < trainer.clock:
                 self._write_metrics()
             if trainer.marks["evaluated_at"] < trainer.clock:
                 self._evaluate()
         if self.folder is not None:
             self._checkpoint(last=True)
-        if stop.requested:
+        if self.interrupted:
             name = stop.signal.name if stop.signal else "signal"
             where = (
                 f"checkpoint written; go on with `rlkit resume {self.folder}`"
@@ -233,6 +243,15 @@ class Run:
                 self._progress.stop()
             self.log.close()
             stop.__exit__(None, None, None)
+
+
+def _failure(action: Callable[[], Any]) -> OSError | None:
+    """What the disk had against `action`."""
+    try:
+        action()
+    except OSError as error:
+        return error
+    return None
 
 
 def records(folder: Path, name: str) -> list[dict[str, Any]]:

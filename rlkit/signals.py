@@ -1,6 +1,8 @@
 """SIGINT and SIGTERM as a request: finish what is atomic, write a checkpoint, stop.
 
-The first signal only sets a flag that every long phase reads; a second one ends the process at once.
+The first signal only sets a flag that every long phase reads; a second one ends the process at once. A launcher of
+several processes passes on what its processes may have received already (Ctrl-C reaches the whole group), so under one
+a repetition within a few seconds counts as the same signal.
 """
 
 from __future__ import annotations
@@ -8,11 +10,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from rlkit.processes import launched
+
 HANDLED = (signal.SIGINT, signal.SIGTERM)
+ECHO = 3.0  # seconds
 
 
 class StopRequest:
@@ -23,6 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
         self._depth = 0
         self._previous: dict[int, Any] = {}
 
@@ -32,8 +39,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if launched() > 1 and time.monotonic() - self._since < ECHO:
+                return
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
+        self.signal, self._since = signal.Signals(number), time.monotonic()
         line = f"{self.signal.name}: stopping after this step (once more: at once)\n"
         with suppress(OSError):  # not `print`: the signal may have come in the middle of one
             os.write(2, line.encode())

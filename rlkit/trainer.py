@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import platform
-import sys
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from rlkit import checkpoint, registry
+from rlkit import checkpoint, processes, registry
 from rlkit.buffer import RolloutBuffer
 from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, validate
 from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
@@ -75,6 +74,7 @@ class Trainer:
         clock: experience consumed so far, in units of `counts`.
         owed: gradient updates due for it before more is gathered.
         updates: gradient updates made.
+        processes: the processes of the run, of which this is one.
         log: of the present or last `learn`: `log.history` and `log.eval_history` hold its records, folder or not.
         rng: named random streams (`rng["sample"]`, …); an update receives its noise from them as an argument.
     """
@@ -90,6 +90,8 @@ class Trainer:
     """Fields that name a task: without any of them, the embedded one is meant."""
     modules_part: ClassVar[str] = "policy"
     """Part of a checkpoint that holds the tracked modules."""
+    several_processes: ClassVar[bool] = False
+    """Whether a run can have several processes, which divide updates and evaluations among themselves."""
     inference_parts: ClassVar[frozenset[str]] = frozenset({"policy", "state", "config.yaml"})
     """Parts of a checkpoint that `load(inference=True)` reads, where they are there."""
 
@@ -101,7 +103,10 @@ class Trainer:
             refuse_run(self.folder)
         if config.wandb:
             require_wandb()
-        self.device = resolve_device(config.device)
+        if not self.several_processes and processes.launched() > 1:
+            raise UserError(f"`{self.name}` runs in one process, and {processes.launched()} were started")
+        self.processes = processes.join(config.device)
+        self.device = self.processes.device or resolve_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.rng = Streams(config.seed, self.device)
@@ -179,7 +184,8 @@ class Trainer:
             self.target = self.default_target()
         self.horizon = self.horizon or self.target
         self.before_learning()
-        if self.folder is not None:
+        self.processes.wait()  # until all have read what is there
+        if self.folder is not None and self.processes.is_main:
             open_folder(self.folder, dump_yaml(self.saved_config()))
         with Run(self, self.folder, progress=progress_bar, callback=callback) as run:
             while not run.stopping and not self._done:
@@ -235,7 +241,7 @@ class Trainer:
         for name, value in metrics.items():
             if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
                 where = ""
-                if self.folder is not None and batch:
+                if self.folder is not None and batch and self.processes.is_main:
                     dump = self.folder / f"diverged-step-{self.clock:010d}"
                     checkpoint.save(dump, {"batch": dict(batch)}, about={"metric": name})
                     where = f"; the batch is in {dump}"
@@ -355,7 +361,10 @@ class Trainer:
         self.meter.load_state_dict(state["meter"])
 
     def write_checkpoint(self, folder: Path, only: Collection[str] | None = None) -> Path:
-        """The state and the configuration as a checkpoint folder; of the state's files those named in `only`."""
+        """The state and the configuration as a checkpoint folder; of the state's files those named in `only`.
+
+        With several processes a collective call, which returns once the main one has written.
+        """
         about = {
             "trainer": self.name,
             "step": self.clock,
@@ -366,7 +375,12 @@ class Trainer:
         }
         files = {name: part for name, part in self.state().items() if only is None or name in only}
         texts = {**self.documents(), "config.yaml": dump_yaml(self.saved_config())}
-        return checkpoint.save(folder, {**files, **texts}, about=about)
+        try:
+            if self.processes.is_main:
+                checkpoint.save(folder, {**files, **texts}, about=about)
+        finally:
+            self.processes.wait()
+        return Path(folder)
 
     def save(self, folder: str | Path) -> Path:
         """Write everything needed to predict or to go on learning into `folder` (a trailing `.zip` is dropped).
@@ -401,7 +415,7 @@ class Trainer:
         """
         path, _, messages = checkpoint.resolve(Path(folder))
         for message in messages:
-            print(message, file=sys.stderr)
+            processes.say(message)
         return cls._from_checkpoint(path, inference=inference, allow_changes=allow_changes, **given)
 
     @classmethod
@@ -466,12 +480,11 @@ def to_dict_values(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _tell_versions(about: Mapping[str, Any]) -> None:
     changed = differences(about.get("versions", {}), versions())
     if changed:
-        print(f"versions differ from the checkpoint's, so equal numbers are not promised:\n{changed}", file=sys.stderr)
+        processes.say(f"versions differ from the checkpoint's, so equal numbers are not promised:\n{changed}")
     elif about.get("threads") not in (None, torch.get_num_threads()):
-        print(
+        processes.say(
             f"the checkpoint was made with {about['threads']} threads, this run has {torch.get_num_threads()}: equal "
-            "numbers are not promised (set `threads`)",
-            file=sys.stderr,
+            "numbers are not promised (set `threads`)"
         )
 
 
@@ -479,7 +492,7 @@ def load(folder: str | Path, **given: Any) -> Trainer:
     """`Trainer.load` of the class that the folder names (one that `rlkit list` shows)."""
     path, _, messages = checkpoint.resolve(Path(folder))
     for message in messages:
-        print(message, file=sys.stderr)
+        processes.say(message)
     return registry.get(trainer_name(path))._from_checkpoint(path, **given)
 
 
@@ -508,11 +521,11 @@ def resume(run: str | Path, *, allow_changes: bool = False, **given: Any) -> Tra
     edited.pop("trainer")
     cls.make_config(edited, source=str(folder / "config.yaml"))
     if not checkpoint.has_checkpoints(folder):
-        print(f"{folder} has no checkpoint yet: starting afresh", file=sys.stderr)
+        processes.say(f"{folder} has no checkpoint yet: starting afresh")
         return _afresh(cls, folder, edited, steps, given)
     path, messages = checkpoint.newest(folder)
     for message in messages:
-        print(message, file=sys.stderr)
+        processes.say(message)
     trainer = cls._from_checkpoint(path, allow_changes=allow_changes, out=folder, **{**edited, **given})
     trainer.target = steps or trainer.target  # a raised total may be younger than the checkpoint
     return trainer

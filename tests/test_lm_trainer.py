@@ -18,8 +18,9 @@ from lm_zoo import PAIRS, saved_llama, tiny_llama
 
 import rlkit
 from rlkit.errors import CheckpointError, RlkitError, Stopped, UserError
+from rlkit.lm import reference
 from rlkit.lm.models import load_model, weights_hash
-from rlkit.lm.reference import ReferenceCache, row_key
+from rlkit.lm.reference_cache import ReferenceCache, row_key
 
 SGD: dict[str, Any] = {
     "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0, "eval_fraction": 0,
@@ -205,7 +206,7 @@ def test_a_reference_that_is_not_the_start_is_noticed() -> None:
     trainer.prepare(lambda: False)
     trainer.completions["ref_logp"] = [row + 0.1 for row in trainer.completions["ref_logp"]]
     with pytest.raises(RlkitError, match="log-probs of a completion differ by"):
-        trainer._check_reference()
+        reference.check_start(trainer)
 
 
 def test_dropout_is_off_unless_asked_for() -> None:

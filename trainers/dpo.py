@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from rlkit.config import NonNegative, Positive
 from rlkit.errors import UserError
 from rlkit.lm.config import PairConfig
-from rlkit.lm.trainer import Columns, PairTrainer, Scored, Totals
+from rlkit.lm.pair_trainer import PairTrainer
+from rlkit.lm.trainer import Columns, Scored, Totals
 
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "ipo_sum", "robust", "exo_pair", "nca_pair", "sppo_hard", "sigmoid_norm", "sft"

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from rlkit.config import NonNegative, Whole
 from rlkit.lm import models
 from rlkit.lm.config import PairConfig
-from rlkit.lm.trainer import Columns, PairTrainer, Totals
+from rlkit.lm.pair_trainer import PairTrainer
+from rlkit.lm.trainer import Columns, Totals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,21 @@ class RewardModelConfig(PairConfig):
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(r_w - r_l - margin) of each pair: (B,), (B,) -> (B,). Eq. 1."""
     return -F.logsigmoid(chosen - rejected - margin)
+
+
+class Judge(nn.Module):
+    """A sequence classifier whose call gives the reward of each row, (C, L) tokens and (C,) lengths -> (C,)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.scored = model
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        base, head = models.classifier_parts(self.scored)
+        attention = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        hidden = base(input_ids=tokens, attention_mask=attention.long(), use_cache=False).last_hidden_state
+        rewards: Tensor = head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+        return rewards.squeeze(-1).float()
 
 
 class RewardModel(PairTrainer):
@@ -72,14 +88,14 @@ class RewardModel(PairTrainer):
     def choose_batching(self) -> None:
         self.batching = "plain"
 
+    def scorer(self, model: nn.Module) -> nn.Module:
+        return Judge(model)
+
     def rewards(self, batch: Columns) -> Tensor:
         """(C,) rewards of the completions in `batch`, read at their last tokens."""
-        tokens, last = batch["tokens"].long(), batch["tokens_length"] - 1
-        attention = torch.arange(tokens.shape[1], device=tokens.device) <= last[:, None]
         with self.autocast():
-            base, head = models.classifier_parts(self.model)
-            hidden = base(input_ids=tokens, attention_mask=attention.long(), use_cache=False).last_hidden_state
-            return head(hidden[torch.arange(len(tokens), device=tokens.device), last]).squeeze(-1).float()
+            rewards: Tensor = self.called(batch["tokens"].long(), batch["tokens_length"])
+        return rewards
 
     def batch_loss(self, batch: Columns, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = self.branch(self.rewards(batch))
@@ -92,5 +108,5 @@ class RewardModel(PairTrainer):
             "mean_reward": ((chosen + rejected) / 2).detach(),
         }
 
-    def _evaluate_samples(self, seed: int, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    def evaluate_samples(self, seed: int, should_stop: Callable[[], bool]) -> dict[str, Any]:
         return {}

@@ -77,6 +77,8 @@ class LMConfig(RunConfig):
     """Turn dropout off, as log-ratios need it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    fsdp: bool = False
+    """Divide weights, gradients and optimiser among the processes (PyTorch's FSDP2) instead of copying them."""
     attn_implementation: str | None = None
     """Attention of transformers: `sdpa`, `eager`, …; None takes the model's choice."""
     use_peft: bool = False

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import annotated_types as limits
 import torch
 
-from rlkit import checkpoint, registry
+from rlkit import checkpoint, processes, registry
 from rlkit.config import Count, to_dict
 from rlkit.envs.letters import ALPHABET, Letters, answers, demonstrations, label, model_config, prompts
 from rlkit.errors import CheckpointError
 from rlkit.lm import models
 from rlkit.lm.bytes import character_tokenizer
-from rlkit.lm.reference import cache_folder
+from rlkit.lm.reference_cache import cache_folder
 from rlkit.rng import derive
 
 if TYPE_CHECKING:
@@ -83,15 +83,16 @@ def start_model(task: Task, seed: int) -> tuple[PreTrainedModel, PreTrainedToken
         pass
     model, tokenizer = fresh_model(seed)
     sft: Any = registry.get("sft")
-    trainer = sft(
-        model,
-        processing_class=tokenizer,
-        train_dataset=demonstration_rows(task, seed)[0],
-        seed=seed,
-        eval_fraction=0.0,
-        **SUPERVISED,
-    )
-    trainer.learn(task.supervised_steps)
+    with processes.alone():
+        trainer = sft(
+            model,
+            processing_class=tokenizer,
+            train_dataset=demonstration_rows(task, seed)[0],
+            seed=seed,
+            eval_fraction=0.0,
+            **SUPERVISED,
+        )
+        trainer.learn(task.supervised_steps)
     try:
         shutil.rmtree(folder, ignore_errors=True)
         trainer.save(folder)

@@ -44,6 +44,7 @@ from rlkit.lm.logps import (
     token_logps,
     wrappers,
 )
+from rlkit.lm.sharding import is_sharded
 from rlkit.rng import derive
 
 Mode = Literal["plain", "shared", "packed"]
@@ -434,7 +435,7 @@ def forward(
     config = text_config(model)
     device = layout.input_ids.device
     if overhead is None:
-        overhead = _one_part(layout) if _sharded(lm) else (64 if device.type == "cpu" else 4096)
+        overhead = _one_part(layout) if is_sharded(lm) else (64 if device.type == "cpu" else 4096)
     parts = layout.split(overhead)
     dtype = _attention_dtype(lm, device)
     order = torch.cat([part.slot for part in parts])
@@ -487,15 +488,6 @@ def _own_stats(model: nn.Module, part: Part, config: Any, dtype: torch.dtype, op
 
 def _one_part(layout: Layout) -> int:
     return int(layout.input_ids.numel()) + 1
-
-
-def _sharded(model: nn.Module) -> bool:
-    """Whether parameters are gathered in the forward pass: then all processes have to make the same calls."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
 def _attention_dtype(model: nn.Module, device: torch.device) -> torch.dtype:

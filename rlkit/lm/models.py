@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkit.errors import CheckpointError, UserError, did_you_mean
+from rlkit.lm.sharding import divided_like, is_divided, whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -180,24 +181,34 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that make the model, under their names in its files; a tied tensor once."""
+def named_weights(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors that make the model, under their names in its files; a tied tensor once.
+
+    Args:
+        values: what stands for the model's own tensors, by name; names that it lacks are left out.
+    """
     tensors: dict[str, Tensor] = {}
     places: set[tuple[int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        place = (id(tensor) if is_divided(tensor) else tensor.data_ptr(), tensor.shape)
         if tensor.numel() and place in places:
             continue
         places.add(place)
-        tensors[name] = tensor
-    return tensors
+        tensors[name] = tensor.detach()
+    return tensors if values is None else {name: values[name] for name in tensors if name in values}
 
 
-def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the trained adapter, under the names that peft gives them in `adapter_model.safetensors`."""
+def adapter_weights(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of the trained adapter, under the names that peft gives them in `adapter_model.safetensors`.
+
+    Args:
+        values: as in `named_weights`.
+    """
     from peft import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(model, adapter_name=ADAPTER))
+    if values is not None and not values:
+        return {}
+    return dict(get_peft_model_state_dict(model, state_dict=values, adapter_name=ADAPTER))
 
 
 def set_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -206,26 +217,29 @@ def set_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes differ.
     """
-    own = named_weights(model)
+    _copy_into(named_weights(model), tensors, "model")
+
+
+def set_adapter_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` (of `adapter_weights`) into the adapter of `model`.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    _copy_into(adapter_weights(model), tensors, "adapter")
+
+
+def _copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
-        raise CheckpointError(f"the model has other weights than the checkpoint: {', '.join(odd[:5])}")
+        raise CheckpointError(f"the {what} has other weights than the checkpoint: {', '.join(odd[:5])}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
                 raise CheckpointError(
-                    f"`{name}` of the checkpoint is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+                    f"`{name}` of the checkpoint is {tuple(tensor.shape)}, the {what}'s is {tuple(own[name].shape)}"
                 )
-            own[name].copy_(tensor)
-
-
-def set_adapter_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` (of `adapter_weights`) into the adapter of `model`."""
-    from peft import set_peft_model_state_dict
-
-    result = set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
-    if result.unexpected_keys:
-        raise CheckpointError(f"the adapter has other weights than the checkpoint: {result.unexpected_keys[:5]}")
+            own[name].copy_(divided_like(own[name], tensor))
 
 
 def weights_hash(model: nn.Module, *, adapter: bool = True) -> str:
@@ -240,7 +254,7 @@ def weights_hash(model: nn.Module, *, adapter: bool = True) -> str:
         kept = {name: tensor for name, tensor in weights.items() if f".{ADAPTER}." not in f"{name}."}
         weights = {name.replace(".base_layer.", "."): tensor for name, tensor in kept.items()}
     for name, tensor in sorted(weights.items()):
-        array = tensor.detach().cpu().contiguous()
+        array = whole(tensor).detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

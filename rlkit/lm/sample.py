@@ -114,6 +114,24 @@ class Samples:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @staticmethod
+    def dealt(parts: Sequence[Samples | None]) -> Samples | None:
+        """The samples of prompts 0, 1, … that were dealt in turn to n parts, which all have k for each prompt.
+
+        None where a part is missing.
+        """
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
+        if len(parts) == 1:
+            return found[0]
+        numbered = [part.prompt * len(parts) + r for r, part in enumerate(found)]
+        prompt = np.concatenate(numbered)
+        order = prompt.argsort(kind="stable").tolist()
+        tokens, logp = ([row for part in found for row in getattr(part, name)] for name in ("tokens", "logp"))
+        finished = np.concatenate([part.finished for part in found])
+        return Samples(prompt[order], [tokens[i] for i in order], [logp[i] for i in order], finished[order])
+
 
 def generate(
     model: nn.Module,

@@ -2,9 +2,9 @@
 
 A *unit* is what a loss averages over: a pair for preference losses, a completion for supervised fine-tuning. Units are
 rows of integers that refer to completions, which are tokenised once and stored once, with the reference's log-probs as
-one of their columns. An optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` units and
-normalises by the counts of the whole step, so that how it is cut into passes, padded or packed changes no number beyond
-rounding. The order of units is a pure function of (seed, epoch).
+one of their columns. An optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` units for each
+process and normalises by the counts of the whole step, so that how it is divided among processes, cut into passes,
+padded or packed changes no number beyond rounding. The order of units is a pure function of (seed, epoch).
 
 An algorithm defines `loss`; one with rounds overrides `fill`, which prepares rows before each epoch.
 """
@@ -15,9 +15,8 @@ import dataclasses
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -26,23 +25,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlkit import processes
 from rlkit.buffer import LENGTH, Field, Ragged, RolloutBuffer
 from rlkit.config import dump_yaml, to_dict, validate
 from rlkit.envs import preferences
-from rlkit.errors import RlkitError, UserError, differences
-from rlkit.lm import embedded, models
-from rlkit.lm.config import LMConfig, PairConfig
-from rlkit.lm.layout import Layout, Mode, Row, cheapest, choose, forward, rows_of
+from rlkit.errors import UserError, differences
+from rlkit.lm import embedded, evaluation, models, reference, sharding
+from rlkit.lm.config import LMConfig
+from rlkit.lm.layout import Layout, Mode, Row, Scorer, cheapest, choose, forward, rows_of
 from rlkit.lm.logps import Head, find_head
-from rlkit.lm.pairs import pairs_of
-from rlkit.lm.reference import ReferenceCache, cache_folder, row_key
+from rlkit.lm.optimisation import make_optimizer, schedule
 from rlkit.lm.sample import Samples, Sampling, generate
 from rlkit.lm.tokens import Encoded, Encoder
-from rlkit.rewards.text import TextRewards
 from rlkit.rng import derive, permutation
 from rlkit.run import refuse_foreign
 from rlkit.signals import stop
-from rlkit.trainer import Batch, Trainer, versions
+from rlkit.trainer import Batch, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +48,6 @@ if TYPE_CHECKING:
 Columns = dict[str, Tensor]
 EMBEDDED = "letters"
 WINDOW = 32  # batches whose units are sorted by length together
-EXAMPLES = 8  # sampled completions shown in eval.jsonl
 
 
 @dataclass(frozen=True)
@@ -102,6 +99,7 @@ class LMTrainer(Trainer):
     counts = "updates"
     default_steps = None
     task_fields = ("model", "data")
+    several_processes = True
     modules_part = "modules"
     inference_parts = frozenset({"model", "adapter_model", "modules", "buffer", "state", "config.yaml"})
     branches: ClassVar[tuple[str, ...]] = ("completion",)
@@ -115,6 +113,9 @@ class LMTrainer(Trainer):
     )  # fmt: skip
 
     model: nn.Module
+    """The model itself; sharded weights are in place."""
+    called: nn.Module
+    """What is called to score completions: `scorer` around the model, in what synchronises processes."""
     tokenizer: PreTrainedTokenizerBase
     completions: RolloutBuffer
     units: RolloutBuffer
@@ -176,7 +177,6 @@ class LMTrainer(Trainer):
             models.checkpoint_activations(self.model)
         models.own_memory(self.model)
         self.model.to(self.device).train()
-        self.track(optimizer=self._make_optimizer())
         self.track(
             completions=RolloutBuffer(
                 None,
@@ -192,19 +192,47 @@ class LMTrainer(Trainer):
             units=RolloutBuffer(None, self.unit_fields(), self.device),
             eval_units=RolloutBuffer(None, self.unit_fields(), self.device),
         )
+        self.called = self.model  # until the data have said how it may be called
         self.epoch = 0
         self.batching: Mode = "plain"
         self.head_checked = False
         self.identity: dict[str, Any] = {}
+        self.units_per_step = (
+            config.per_device_train_batch_size * config.gradient_accumulation_steps * self.processes.size
+        )
         if self._saved is None:
             self.identity = {"start": models.weights_hash(self.model), **self._sources()}
             if self._adapter_is_new:
                 self.identity["adapter"] = "new"
             self._load_data()
             self.choose_batching()
+            for what in ("start", "data"):
+                self.processes.same("the model" if what == "start" else "the data", self.identity[what])
+        else:
+            self._restore(self._saved["language"])
+        self.called = self.distributed(self.model)
+        self.track(optimizer=make_optimizer(self.model, config))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are divided among processes; a checkpoint of such a run can be loaded by one alone."""
+        return self.config.fsdp and self.processes.size > 1
+
+    def scorer(self, model: nn.Module) -> nn.Module:
+        """`model` as a module whose call does what a loss needs, so that processes can be synchronised around it."""
+        return Scorer(model, Head.of(model) if self.head_checked else None)
+
+    def distributed(self, model: nn.Module, *, trains: bool = True) -> nn.Module:
+        """The scorer of `model`, made for several processes where there are some."""
+        if self.sharded:
+            return sharding.shard(self.scorer(model), self.device)
+        scorer = self.scorer(model)
+        return self.processes.wrapped(scorer) if trains else scorer
 
     def check(self) -> None:
         """Refuse options that conflict."""
+        if self.config.fsdp and not self.sharded and self._saved is None:
+            raise UserError("`fsdp` divides the model among processes: start several, `torchrun --nproc_per_node N …`")
 
     def unit_fields(self) -> dict[str, Field | Ragged]:
         """Columns of a unit: one row id of a completion for each branch, and what the loss needs besides."""
@@ -222,7 +250,8 @@ class LMTrainer(Trainer):
         # A checkpoint is a folder with the model, or one with its adapter alone.
         start = str(place) if place is not None and adapter is None else config.model
         if model is None and start is None and config.data == EMBEDDED:
-            model, made = self.embedded_start()
+            with self.processes.main_first():  # it leaves the model in the cache
+                model, made = self.embedded_start()
             tokenizer = tokenizer or made
         if model is None and start is None:
             raise UserError(
@@ -270,24 +299,14 @@ class LMTrainer(Trainer):
 
     _adapter_is_new = False
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if config.optim == "sgd":
-            return torch.optim.SGD(parameters, lr=config.learning_rate)
-        if config.optim == "rmsprop":
-            return torch.optim.RMSprop(parameters, lr=config.learning_rate)
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=True,
-        )
+    def given(self, name: str) -> Any:
+        """An object that the constructor got under this name, or None."""
+        return self._given.get(name)
+
+    @property
+    def starts_embedded(self) -> bool:
+        """Whether training starts from the embedded task's model."""
+        return self.config.model is None and self.config.data == EMBEDDED and "model" not in self._given
 
     @property
     def encoder(self) -> Encoder:
@@ -381,13 +400,8 @@ class LMTrainer(Trainer):
     # The loop
 
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass over the units."""
+        """Optimiser steps of one pass over the units; a step takes `units_per_step`, all processes together."""
         return math.ceil(len(self.units) / self.units_per_step)
-
-    @property
-    def units_per_step(self) -> int:
-        """Units of an optimiser step, all processes together."""
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
 
     def default_target(self) -> int:
         return math.ceil(self.config.num_train_epochs * self.steps_per_epoch())
@@ -457,7 +471,7 @@ class LMTrainer(Trainer):
     def score_rows(self, rows: Sequence[Row], *, model: nn.Module | None = None, with_entropy: bool = False) -> Scored:
         """Log-probs of completions that need not be stored."""
         config = self.config
-        model = self.model if model is None else model
+        model = self.called if model is None else model
         mode = cheapest(model, rows, self.batching) if config.batching == "auto" else self.batching
         limit = config.packing_length if mode == "packed" else None
         layout = Layout.build(rows, mode, max_row=limit).to(self.device)
@@ -495,41 +509,75 @@ class LMTrainer(Trainer):
         """`loss` of the log-probs of `batch`; a model that gives something else overrides this."""
         return self.loss(self.score(batch), batch, totals)
 
+    def shares(self, ids: Tensor, size: int) -> Iterator[tuple[Tensor, bool]]:
+        """This process's part of `ids`, up to `size` at a time, in as many passes as any other process makes.
+
+        A process that has none left gets some that another one has; they come with False and must not count.
+        """
+        group = self.processes
+        mine = ids[group.rank :: group.size]
+        for start in range(0, math.ceil(len(ids) / group.size), size):
+            part = mine[start : start + size]
+            yield (part, True) if len(part) else (ids[:1], False)
+
     def update(self, batch: Batch) -> Mapping[str, Tensor]:
         config, ids = self.config, batch["unit"]
         totals = self.totals(self.units, ids)
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, list[Tensor]] = {}
         loss_sum = torch.zeros((), device=self.device)
-        for part in ids.split(config.per_device_train_batch_size):
+        parts = list(self.shares(ids, config.per_device_train_batch_size))
+        for i, (part, counts) in enumerate(parts):
             columns = self.columns(self.units, part)
-            loss, each = self.batch_loss(columns, totals)
-            loss.backward()
-            loss_sum += loss.detach()
+            with self._dropout_noise(i), self._unsynchronised(last=i == len(parts) - 1):
+                loss, each = self.batch_loss(columns, totals)
+                (loss * (self.processes.size * counts)).backward()  # gradients are averaged over processes
+            loss_sum += loss.detach() * counts
             for name, value in each.items():
-                values.setdefault(name, []).append(value)
+                values.setdefault(name, []).append(value if counts else value[:0])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        norm = sharding.whole(norm.detach())
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if torch.isfinite(norm):
             self.optimizer.step()
-        metrics = {name: torch.cat(value).mean() for name, value in values.items()}
-        return {"loss": loss_sum, "grad_norm": norm.detach(), **metrics}
+        means = self._means(loss_sum, values)
+        return {"loss": means.pop("loss"), "grad_norm": norm, **means}
+
+    def _means(self, loss: Tensor, values: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """The step's loss, and the means of its units' values, over all processes."""
+        each = {name: torch.cat(list(value)) for name, value in values.items()}
+        if self.processes.size == 1:
+            return {"loss": loss, **{name: value.mean() for name, value in each.items()}}
+        counts = [torch.tensor(float(len(value)), device=self.device) for value in each.values()]
+        sums = self.processes.sum(torch.stack([loss, *(value.sum() for value in each.values()), *counts]))
+        means = sums[1 : 1 + len(each)] / sums[1 + len(each) :]
+        return {"loss": sums[0], **dict(zip(each, means.unbind(), strict=True))}
+
+    def _unsynchronised(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients of passes before the last stay in the process."""
+        if last or not isinstance(self.called, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self.called.no_sync()
+
+    @contextmanager
+    def _dropout_noise(self, number: int) -> Iterator[None]:
+        """Noise of dropout, where it is on: a function of seed, update, pass and process, so that it can be resumed."""
+        if self.config.disable_dropout:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive(self.config.seed, "dropout", self.updates, number, self.processes.rank))
+            yield
 
     @property
     def learning_rate(self) -> float:
-        """The optimiser's step size for the coming update, under the schedule of transformers."""
+        """The optimiser's step size for the coming update."""
         horizon = self.horizon or self.default_target()
         if self._schedule is None or self._schedule[0] != horizon:
-            from transformers import get_scheduler
-
-            config = self.config
-            warmup = config.warmup_steps * (horizon if config.warmup_steps < 1 else 1)
-            dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-            schedule: Any = get_scheduler(config.lr_scheduler_type, dummy, math.ceil(warmup), horizon)
-            self._schedule = (horizon, schedule.lr_lambdas[0])
-        return self.config.learning_rate * float(self._schedule[1](min(self.updates, horizon)))
+            self._schedule = (horizon, schedule(self.config, horizon))
+        return self._schedule[1](self.updates)
 
     _schedule: tuple[int, Callable[[int], float]] | None = None
 
@@ -542,124 +590,13 @@ class LMTrainer(Trainer):
     # The reference
 
     def prepare(self, should_stop: Callable[[], bool]) -> None:
-        if self.uses_reference and "ref_logp" not in self.completions and self._fill_reference(should_stop):
-            self._check_reference()
+        needed = self.uses_reference and "ref_logp" not in self.completions
+        if needed and reference.fill(self, should_stop):
+            reference.check_start(self)
 
-    def _fill_reference(self, should_stop: Callable[[], bool]) -> bool:
-        """Write the column `ref_logp`: from the disk cache, or by the reference; False if stopped before the end."""
-        began, found = time.monotonic(), 0
-        tokens, masks = self.completions["tokens"], self.completions["mask"]
-        keys = [row_key(t.cpu().numpy(), m.cpu().numpy()) for t, m in zip(tokens, masks, strict=True)]
-        values: list[Any] = [None] * len(keys)
-        known: dict[bytes, Any] = {}
-        with self.reference() as model, self._reference_cache() as cache:
-            for units, ids in self._reference_batches():
-                if should_stop():
-                    return False
-                rows = torch.stack([units[name][ids] for name in self.branches], dim=1).flatten()
-                lengths = self.completions["trained"][rows].tolist()
-                cached = cache.get([keys[row] for row in rows.tolist()], lengths)
-                logps = [logp for logp in cached if logp is not None]
-                found += len(ids) if len(logps) == len(cached) else 0
-                if len(logps) < len(cached):  # a whole batch anew, so that a second run computes the same bits
-                    with torch.no_grad():
-                        out = self.score(self.columns(units, ids), model=model)
-                    computed = [logp.numpy(force=True) for logp in out.logp.split(lengths)]
-                    # Equal rows of several batches keep the first value, which is also the one in the cache.
-                    logps = [
-                        known.setdefault(keys[row], new if old is None else old)
-                        for row, new, old in zip(rows.tolist(), computed, cached, strict=True)
-                    ]
-                    cache.put((keys[row], logp) for row, logp in zip(rows.tolist(), logps, strict=True))
-                for row, logp in zip(rows.tolist(), logps, strict=True):
-                    values[row] = logp
-        empty = np.zeros(0, np.float32)  # completions that no unit names
-        self.completions["ref_logp"] = [empty if value is None else value for value in values]
-        count = len(self.units) + len(self.eval_units)
-        self.say(f"reference log-probs of {count:,} units: {found:,} from the cache, {time.monotonic() - began:.1f} s")
-        return True
-
-    def _reference_batches(self) -> Iterator[tuple[RolloutBuffer, Tensor]]:
-        """Units of similar length together; the composition depends on the data alone."""
-        for units in (self.units, self.eval_units):
-            if len(units):
-                lengths = self.unit_lengths(units)
-                for ids in lengths.argsort(stable=True, descending=True).split(self.config.per_device_train_batch_size):
-                    yield units, ids.to(self.device)
-
-    def _reference_cache(self) -> ReferenceCache:
-        identity = {
-            "weights": self.identity["reference"],
-            "precision": self.config.precision,
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "attention": models.unwrapped(self.model).config._attn_implementation,
-            "batching": f"{self.config.batching}, {self.batching}",
-            "logits_memory": self.config.logits_memory,
-            **versions(),
-        }
-        return ReferenceCache(identity, cache_folder() if self.config.reference_cache else None)
-
-    @contextmanager
-    def reference(self) -> Iterator[nn.Module]:
-        """The reference model, for a while: the given one, the model without its adapter, or the model that training
-        starts from.
-
-        Raises:
-            RlkitError: it is not the model that the run began with.
-        """
-        given = self._given.get("ref_model") or getattr(self.config, "ref_model", None)
-        adapter_off = given is None and models.is_adapted(self.model) and self.identity.get("adapter") == "new"
-        if isinstance(given, str):
-            model: nn.Module = self.load_model(given)
-        elif given is not None:
-            model = given
-        elif adapter_off or self.clock == 0:
-            model = self.model
-        elif self.config.model is None and self.config.data == EMBEDDED and "model" not in self._given:
-            model = self.embedded_start()[0]
-        elif self.config.model is not None:
-            model = self.load_model(self.config.model)
-        else:
-            raise UserError("`ref_model`: the run began with a model given in Python: pass it again as `ref_model=`")
-        with models.adapter_off(model) if adapter_off else nullcontext():
-            found = models.weights_hash(model, adapter=not adapter_off)
-            known = self.identity.setdefault("reference", found)
-            if found != known:
-                raise RlkitError(
-                    f"the reference is not the one that the run began with (weights {found[:12]}, not {known[:12]}); "
-                    "restore the model's folder, or start a new run"
-                )
-            if model is not self.model:
-                models.without_dropout(model)
-                model.to(self.device)
-            training = model.training
-            model.eval()
-            try:
-                yield model
-            finally:
-                model.train(training)
-
-    def _check_reference(self) -> None:
-        """Where the reference is the start, log-ratios have to be 0 before the first update.
-
-        Raises:
-            RlkitError: they are not, so the two passes differ by more than rounding.
-        """
-        if self.updates or "ref_model" in self._given or getattr(self.config, "ref_model", None):
-            return
-        ids = torch.arange(min(len(self.units), self.config.per_device_train_batch_size), device=self.device)
-        columns = self.columns(self.units, ids)
-        with torch.no_grad():
-            out = self.score(columns)
-        ratios = out.sums(out.logp - columns["ref_logp"]).abs()
-        tolerance = 1e-3 if self.config.precision == "float32" else 0.05 * math.sqrt(float(out.lengths.max()))
-        if float(ratios.max()) > tolerance:
-            raise RlkitError(
-                f"policy and reference are the same weights, but their log-probs of a completion differ by "
-                f"{float(ratios.max()):.2g} (allowed: {tolerance:.2g}). Dropout in the model is the usual cause; "
-                "`--batching plain --reference_cache false` rules out two others"
-            )
+    def reference(self) -> AbstractContextManager[nn.Module]:
+        """The reference, for a while, as `score(model=…)` takes it: see `rlkit.lm.reference`."""
+        return reference.reference_model(self)
 
     # Evaluation
 
@@ -679,28 +616,19 @@ class LMTrainer(Trainer):
             seed: of the sampled completions.
         """
         count = min(len(self.eval_units), episodes or self.config.eval_episodes)
-        ids = torch.arange(count, device=self.device)
-        by_length = self.unit_lengths(self.eval_units)[:count].argsort(stable=True, descending=True).to(self.device)
-        totals = self.totals(self.eval_units, ids)
-        values: dict[str, list[Tensor]] = {}
-        loss = 0.0
         self.model.eval()
         try:
-            for part in by_length.split(self.config.per_device_eval_batch_size):
-                if should_stop():
-                    return None
-                columns = self.columns(self.eval_units, ids[part])
-                with torch.no_grad():
-                    share, each = self.batch_loss(columns, totals)
-                loss += float(share)
-                for name, value in each.items():
-                    values.setdefault(name, []).append(value)
-            record: dict[str, Any] = {f"eval_{name}": float(torch.cat(value).mean()) for name, value in values.items()}
-            record |= {"eval_loss": loss, "eval_units": count}
-            sampled = self._evaluate_samples(self.config.seed if seed is None else seed, should_stop)
+            record = evaluation.held_out(self, count, should_stop)
+            if record is None:
+                return None
+            sampled = self.evaluate_samples(self.config.seed if seed is None else seed, should_stop)
         finally:
             self.model.train()
         return None if sampled is None else {**record, **sampled}
+
+    def evaluate_samples(self, seed: int, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """What evaluations say of sampled completions; None if stopped."""
+        return evaluation.samples(self, seed, should_stop)
 
     def sample(
         self,
@@ -729,63 +657,27 @@ class LMTrainer(Trainer):
         seed: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Samples | None:
-        """`k` completions of each tokenised prompt under the present model; a pure function of seed and prompt."""
-        return generate(
-            self.model,
-            prompts,
-            k,
-            Sampling(temperature=temperature, max_new_tokens=max_new_tokens or self.config.max_completion_length),
-            seed=derive(self.config.seed if seed is None else seed, "sample"),
-            eos_token_ids=self.encoder.end_ids(),
-            pad_token_id=self.tokenizer.pad_token_id,
-            device=self.device,
-            autocast=self.autocast,
-            should_stop=should_stop,
-        )
+        """`k` completions of each tokenised prompt under the present model; a pure function of seed and prompt.
 
-    def _evaluate_samples(self, seed: int, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """A completion for each of some held-out prompts: a few to read, their rewards, and KL(policy || reference)."""
-        prompts: dict[bytes, np.ndarray] = {}
-        for row in self.eval_units[self.branches[0]].tolist():
-            if len(prompts) == self.config.eval_samples:
-                break
-            one = self.completions.rows([row])
-            tokens = one["tokens"][0, : int(one["prompt_length"][0])].cpu().numpy()
-            prompts.setdefault(tokens.tobytes(), tokens)
-        if not prompts:
-            return {}
-        found = self.generate(list(prompts.values()), 1, seed=seed, should_stop=should_stop)
-        if found is None:
-            return None
-        asked, answered = (
-            self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            for tokens in (list(prompts.values()), found.tokens)
-        )
-        record: dict[str, Any] = {"eval_completion_length": float(np.mean([len(t) for t in found.tokens]))}
-        if self.config.eval_reward:
-            functions = TextRewards(self.config.eval_reward)
-            scores = functions.score(asked, answered)
-            record["eval_reward"] = float(np.nanmean(scores.total))
-            if len(functions.names) > 1:
-                means = np.nanmean(scores.values, axis=0)
-                record |= {f"eval_rewards/{n}/mean": float(m) for n, m in zip(functions.names, means, strict=True)}
-        if self.config.eval_kl:
-            record["eval_kl"] = self._sampled_kl(list(prompts.values()), found)
-        shown = zip(asked[:EXAMPLES], answered[:EXAMPLES], strict=True)
-        return {**record, "samples": [{"prompt": p, "completion": c} for p, c in shown]}
-
-    def _sampled_kl(self, prompts: Sequence[np.ndarray], samples: Samples) -> float:
-        """Mean of log pi(y|x) - log pi_ref(y|x) over sampled completions y."""
-        rows = [
-            Row(np.concatenate([p, y]), np.arange(len(p) + len(y)) >= len(p), len(p))
-            for p, y in zip(prompts, samples.tokens, strict=True)
-        ]
-        total, size = 0.0, self.config.per_device_eval_batch_size * len(self.branches)
-        with self.reference() as reference, torch.no_grad():
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                total += float(self.score_rows(part).logp.sum() - self.score_rows(part, model=reference).logp.sum())
-        return total / len(rows)
+        Processes divide the prompts among themselves, and all get all completions.
+        """
+        group = self.processes
+        mine = list(range(group.rank, len(prompts), group.size))
+        with sharding.gathered(self.called):
+            found = generate(
+                self.model,
+                [prompts[i] for i in mine],
+                k,
+                Sampling(temperature=temperature, max_new_tokens=max_new_tokens or self.config.max_completion_length),
+                seed=derive(self.config.seed if seed is None else seed, "sample"),
+                eos_token_ids=self.encoder.end_ids(),
+                pad_token_id=self.tokenizer.pad_token_id,
+                keys=mine,
+                device=self.device,
+                autocast=self.autocast,
+                should_stop=should_stop,
+            )
+        return Samples.dealt(group.gather(found))
 
     # Words for the user
 
@@ -800,7 +692,7 @@ class LMTrainer(Trainer):
 
     def say(self, line: str) -> None:
         """A line for the user, on standard error."""
-        print(line, file=sys.stderr, flush=True)
+        processes.say(line)
 
     def describe(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -810,7 +702,8 @@ class LMTrainer(Trainer):
             super().describe(),
             f"model: {source}, {total:,} parameters" + (f", {trained:,} of them trained" if trained < total else ""),
             *self.notes,
-            f"steps: {self.units_per_step} units each, {self.steps_per_epoch():,} an epoch; batching {self.batching}",
+            f"steps: {self.units_per_step} units each, {self.steps_per_epoch():,} an epoch; batching {self.batching}"
+            + (f"; {self.processes.size} processes" if self.processes.size > 1 else ""),
         ]
         if len(self.units):
             one = self.completions.rows([int(self.units[self.branches[0]][0])])
@@ -825,32 +718,48 @@ class LMTrainer(Trainer):
 
     def state(self) -> dict[str, Any]:
         files = super().state()
+        weights = None
+        if self.sharded:
+            weights = sharding.model_state(self.model)
+            files["optimizer"]["optimizer"] = sharding.optimizer_state(self.model, self.optimizer)
         if models.is_adapted(self.model):
-            files["adapter_model"] = models.adapter_weights(self.model)
+            files["adapter_model"] = models.adapter_weights(self.model, weights)
         else:
-            files["model"] = models.named_weights(self.model)
+            files["model"] = models.named_weights(self.model, weights)
         files["state"] |= {
             "language": {
                 "epoch": self.epoch,
                 "batching": self.batching,
                 "head_checked": self.head_checked,
                 "identity": dict(self.identity),
+                "units_per_step": self.units_per_step,
+                "batch": self._batch_fields(),
             },
             "notes": list(self.notes),
         }
         return {name: part for name, part in files.items() if part or name == "state"}
 
     def load_state(self, files: Mapping[str, Any]) -> None:
+        if self.sharded and "optimizer" in files:
+            sharding.set_optimizer_state(self.model, self.optimizer, files["optimizer"]["optimizer"])
+            files = {name: part for name, part in files.items() if name != "optimizer"}
         super().load_state(files)
         if "adapter_model" in files:
             models.set_adapter_weights(self.model, files["adapter_model"])
         elif "model" in files:
             models.set_weights(self.model, files["model"])
-        state = files["state"]["language"]
-        self.epoch, self.batching, self.head_checked = state["epoch"], state["batching"], state["head_checked"]
-        self.identity = dict(state["identity"])
         self.notes = list(files["state"]["notes"])
         self._order = None
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """What building needs to know of the saved state."""
+        self.epoch, self.batching, self.head_checked = state["epoch"], state["batching"], state["head_checked"]
+        self.identity = dict(state["identity"])
+        if state["batch"] == self._batch_fields():  # other processes than before divide the same steps
+            self.units_per_step = state["units_per_step"]
+
+    def _batch_fields(self) -> list[int]:
+        return [self.config.per_device_train_batch_size, self.config.gradient_accumulation_steps]
 
     def documents(self) -> dict[str, str]:
         if self._documents is None:
@@ -886,7 +795,10 @@ class LMTrainer(Trainer):
         """
         path = refuse_foreign(Path(str(folder).removesuffix(".zip")))
         if merged and models.is_adapted(self.model):
-            models.save_merged(self.model, self.tokenizer, path)
+            with sharding.gathered(self.called):
+                if self.processes.is_main:
+                    models.save_merged(self.model, self.tokenizer, path)
+            self.processes.wait()
             return path
         return self.write_checkpoint(path, self.inference_parts - {"buffer"})
 
@@ -938,45 +850,3 @@ _OPTIONS = {
     "ref_model": "ref_model",
 }  # fmt: skip
 """Arguments that a configuration can hold where they are texts, and the fields they are then."""
-
-
-class PairTrainer(LMTrainer):
-    """Base of trainers that learn from pairs; the two branches of a unit are `chosen` and `rejected`."""
-
-    Config: ClassVar[type[LMConfig]] = PairConfig
-    branches = ("chosen", "rejected")
-    uses_reference = True
-
-    def embedded_data(self) -> tuple[Any, Any]:
-        return embedded.preference_rows(self, self.config.letters, self.config.seed)
-
-    def unit_fields(self) -> dict[str, Field | Ragged]:
-        return {**super().unit_fields(), "weight": Field(), "margin": Field(), "gap": Field()}
-
-    def add_units(self, units: RolloutBuffer, data: preferences.TextData) -> None:
-        pairs = pairs_of(data, self.config.pairing, self.config.pairing_margin)
-        needed = sorted({(p.record, p.chosen) for p in pairs} | {(p.rejected_record, p.rejected) for p in pairs})
-        rows = dict(
-            zip(
-                needed,
-                self.add_completions(
-                    [data.records[r].prompt for r, _ in needed],
-                    [data.records[r].completions[k] for r, k in needed],
-                    [r for r, _ in needed],
-                ),
-                strict=True,
-            )
-        )
-        ids = [(rows[p.record, p.chosen], rows[p.rejected_record, p.rejected], p) for p in pairs]
-        kept = [(chosen, rejected, p) for chosen, rejected, p in ids if chosen is not None and rejected is not None]
-        units.add(
-            {
-                "chosen": torch.tensor([chosen for chosen, _, _ in kept], dtype=torch.int64),
-                "rejected": torch.tensor([rejected for _, rejected, _ in kept], dtype=torch.int64),
-                "weight": torch.tensor([p.weight for _, _, p in kept], dtype=torch.float32),
-                "margin": torch.tensor(
-                    [data.records[p.record].columns.get("margin") or 0.0 for _, _, p in kept], dtype=torch.float32
-                ),
-                "gap": torch.tensor([p.gap for _, _, p in kept], dtype=torch.float32),
-            }
-        )
