@@ -20,7 +20,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
 import annotated_types as limits
@@ -206,7 +206,8 @@ _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 def _words(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with what pydantic is too lenient or too strict about: `none` and `no` are None and false wherever these
-    are accepted, true and false mean `on` and `off` where those are the choices, and otherwise they are no numbers.
+    are accepted, true and false mean `on` and `off` where those are the choices, and otherwise they are no numbers; a
+    path is its text.
     """
     prepared = dict(values)
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -214,6 +215,8 @@ def _words(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         kinds = _types(hints.get(key, Any))
         if isinstance(value, Mapping) and dataclasses.is_dataclass(kinds[0]):
             prepared[key] = _words(kinds[0], value)
+        elif isinstance(value, PurePath) and str in kinds:
+            prepared[key] = str(value)
         elif isinstance(value, str):
             if types.NoneType in kinds and value.lower() in ("none", "null"):
                 prepared[key] = None

@@ -105,10 +105,6 @@ class _Several(Processes):
     """A process among others, joined by accelerate."""
 
     def __init__(self, device: str) -> None:
-        if device not in ("auto", "cpu", "cuda"):
-            raise UserError(
-                f"`device`: got {device!r}; with several processes give auto, cpu or cuda: each has its own"
-            )
         import torch
 
         accelerator = _accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
@@ -199,8 +195,13 @@ def join(device: str = "auto") -> Processes:
     global _joined
     if _alone or launched() == 1:
         return Processes()
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"`device`: got {device!r}; several processes take auto, cpu or cuda: each gets its own")
     if _joined is None:
         _joined = _Several(device)
+    joined = _joined.device.type if _joined.device is not None else device
+    if device not in ("auto", joined):
+        raise UserError(f"`device`: got {device!r}, but the processes have joined on {joined}")
     return _joined
 
 

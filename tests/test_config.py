@@ -578,6 +578,12 @@ def test_options_are_leaves_with_dotted_paths() -> None:
     assert found["env_kwargs"].default == {}
 
 
+def test_a_path_is_its_text(tmp_path: Path) -> None:
+    assert validate(RunConfig, {"out": tmp_path / "run"}).out == str(tmp_path / "run")
+    with pytest.raises(UserError, match=r"`seed`: got \w+Path"):
+        validate(RunConfig, {"seed": tmp_path})
+
+
 def test_help_shows_texts_ranges_and_defaults() -> None:
     parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=1000))
     add_arguments(parser, Derived)

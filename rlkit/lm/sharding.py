@@ -100,7 +100,8 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(get_model_state_dict(model, options=options))
+    found: Any = get_model_state_dict(model, options=options)
+    return dict(found)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -108,24 +109,27 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    named = get_optimizer_state_dict(model, optimizer, options=options)
-    numbers = {name: i for i, name in enumerate(n for g in named.get("param_groups", ()) for n in g["params"])}
-    return {
-        "state": {numbers[name]: dict(state) for name, state in named.get("state", {}).items()},
-        "param_groups": [
-            {**group, "params": [numbers[name] for name in group["params"]]} for group in named.get("param_groups", ())
-        ],
-    }
+    named: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    numbers = {name: i for i, name in enumerate(_names(model, optimizer))}
+    state = {numbers[name]: dict(values) for name, values in named.get("state", {}).items()}
+    return {"state": dict(sorted(state.items())), "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load what `optimizer_state` gave, or `state_dict()` in one process. Collective."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    owners = {parameter: name for name, parameter in model.named_parameters()}
-    names = [owners[p] for group in optimizer.param_groups for p in group["params"]]
-    named = {
+    names = _names(model, optimizer)
+    named: dict[str, Any] = {
         "state": {names[int(number)]: values for number, values in state["state"].items()},
         "param_groups": [{**g, "params": [names[int(i)] for i in g["params"]]} for g in state["param_groups"]],
     }
     set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})  # PyTorch made lists of tuples
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimiser's parameters, in its order."""
+    owners = {parameter: name for name, parameter in model.named_parameters()}
+    return [owners[p] for group in optimizer.param_groups for p in group["params"]]

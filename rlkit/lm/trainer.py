@@ -170,6 +170,8 @@ class LMTrainer(Trainer):
     def build(self) -> None:
         config = self.config
         self.check()
+        if config.fsdp and not self.sharded and self._saved is None:
+            raise UserError("`fsdp` divides the model among processes: start several, `torchrun --nproc_per_node N …`")
         self.model, self.tokenizer = self.open_model()
         if config.disable_dropout:
             models.without_dropout(self.model)
@@ -231,8 +233,6 @@ class LMTrainer(Trainer):
 
     def check(self) -> None:
         """Refuse options that conflict."""
-        if self.config.fsdp and not self.sharded and self._saved is None:
-            raise UserError("`fsdp` divides the model among processes: start several, `torchrun --nproc_per_node N …`")
 
     def unit_fields(self) -> dict[str, Field | Ragged]:
         """Columns of a unit: one row id of a completion for each branch, and what the loss needs besides."""
