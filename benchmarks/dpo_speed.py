@@ -8,6 +8,9 @@ loss of the same pairs under a policy that is not the reference, and it has to b
 
 Sides: `rlkit`, `trl` (its default, reference on the fly), `trl-precomputed`, the first two with gradient checkpointing
 (`-ckpt`), and rlkit without one technique each (`-plain`: prompts not shared; `-ungrouped`: batches not by length).
+
+The arithmetic that the work takes at least, where every completion is computed after its prompt and nothing is padded,
+is counted as well, so that the table can say which share of the machine's matrix-product rate a side reaches.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ from common import RESULTS, append, machine, read, table
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PACKAGES = ("rlkit-trainers", "torch", "transformers", "trl", "numpy")
-MODELS = ("llama-5m-512", "llama-5m-50k", "stories260k")
+MODELS = {"llama-5m-512": 128, "llama-5m-50k": 32, "stories260k": 128}
+"""Model -> pairs of an epoch: enough that the first step's costs (memory, set-up) count little on the faster ones."""
 DATA = ("hh_harmless_base", "alpacaeval_pairs")
 SIDES = ("rlkit", "trl", "trl-precomputed", "rlkit-ckpt", "trl-ckpt", "rlkit-plain", "rlkit-ungrouped")
-BATCH, MAX_LENGTH, PAIRS, REPEATS, THREADS = 8, 512, 64, 3, 2
+BATCH, MAX_LENGTH, REPEATS, THREADS = 8, 512, 3, 2
 
 
 def build(name: str, folder: Path, seed: int = 0) -> None:
@@ -108,6 +112,22 @@ def trl_trainer(folder: str, rows: list[dict[str, str]], precision: str, side: s
     )  # fmt: skip
 
 
+def arithmetic(trainer: Any) -> dict[str, float]:
+    """Tokens of the pairs, and GFLOP of an epoch of DPO on them: 4 forward passes' worth (policy forward, its backward
+    twice, reference) of 2 operations a weight and token, 2 a weight of the head and trained token, and 2 a hidden unit,
+    layer and pair of tokens of which one sees the other, for queries with keys and for weights with values.
+    """
+    from rlkit.lm.logps import Head, causal_lm
+
+    lm: Any = causal_lm(trainer.model)
+    head = Head.of(lm).module.weight.numel()
+    body = sum(p.numel() for p in lm.base_model.parameters()) - lm.get_input_embeddings().weight.numel()
+    lengths = trainer.completions.lengths("tokens").double()
+    tokens, trained = float(lengths.sum()), float(trainer.completions["trained"].sum())
+    seen = float((lengths * (lengths + 1) / 2).sum()) * lm.config.hidden_size * lm.config.num_hidden_layers
+    return {"tokens": tokens, "gflop": 4 * (2 * body * tokens + 2 * head * trained + 4 * seen) / 1e9}
+
+
 def check(model: str, data: str, precision: str = "float32") -> None:
     """Print both sides' mean loss of 16 pairs under a policy that is not the reference."""
     import torch
@@ -132,8 +152,15 @@ def check(model: str, data: str, precision: str = "float32") -> None:
     print(json.dumps({"rlkit": a, "trl": b}))
 
 
+def count(model: str, data: str, pairs: str) -> None:
+    """Print what an epoch takes at least."""
+    with tempfile.TemporaryDirectory() as folder:
+        build(model, Path(folder))
+        print(json.dumps(arithmetic(rlkit_trainer(folder, rows_of(data, int(pairs)), "float32", "rlkit"))))
+
+
 def run_one(model: str, data: str, side: str, pairs: int, precision: str = "float32") -> None:
-    """One epoch; prints seconds, of them for the reference, tokens of the pairs, and peak memory."""
+    """One epoch; prints seconds, of them for the reference, and peak memory."""
     import torch
 
     torch.set_num_threads(THREADS)
@@ -177,12 +204,12 @@ def run_one(model: str, data: str, side: str, pairs: int, precision: str = "floa
     )
 
 
-def same_loss(model: str, data: str) -> dict[str, Any]:
-    """Both sides' losses, which have to be equal up to rounding."""
+def about(model: str, data: str, pairs: int) -> dict[str, Any]:
+    """Both sides' losses, which have to be equal up to rounding, and what the work takes."""
     found = call("check", model, data)
     if abs(found["rlkit"] - found["trl"]) > 1e-4 * abs(found["trl"]):
         raise RuntimeError(f"{model} on {data}: the losses differ, {found}; nothing is timed")
-    return {"loss_rlkit": found["rlkit"], "loss_trl": found["trl"]}
+    return {"loss_rlkit": found["rlkit"], "loss_trl": found["trl"], **call("count", model, data, str(pairs))}
 
 
 def matmul_rate() -> float:
@@ -220,22 +247,23 @@ def main(quick: bool = False) -> str:
     out = RESULTS / ("dpo-speed-quick.csv" if quick else "dpo-speed.csv")
     where = machine(PACKAGES)
     workloads = [(m, d) for m in MODELS for d in DATA][: 1 if quick else None]
-    losses: dict[tuple[str, str], dict[str, Any]] = {}
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
     done: dict[tuple[str, ...], int] = defaultdict(int)
     for row in read(out):
         done[row["model"], row["data"], row["side"]] += 1
     for repeat in range(1 if quick else REPEATS):  # outermost, so that all sides see the machine's moods
         for model, data in workloads:
-            for side in SIDES[: 3 if quick else None]:
+            pairs = 16 if quick else MODELS[model]
+            for side in SIDES[: 3 if quick or repeat else None]:
                 if done[model, data, side] > repeat:
                     continue
-                if (model, data) not in losses:
-                    losses[model, data] = same_loss(model, data)
+                if (model, data) not in facts:
+                    facts[model, data] = about(model, data, pairs)
                 rate = matmul_rate()
-                result = call("run", model, data, side, str(16 if quick else PAIRS))
+                result = call("run", model, data, side, str(pairs))
                 new = {"model": model, "data": data, "precision": "float32", "side": side, "repeat": repeat}
                 new |= {"pairs_per_second": round(result["pairs"] / result["seconds"], 4), **result}
-                new |= {"matmul_gflops": round(rate, 1), **losses[model, data]}
+                new |= {"matmul_gflops": round(rate, 1), **facts[model, data]}
                 append(out, [{**new, "threads": THREADS, "batch": BATCH, "max_length": MAX_LENGTH, **where}])
     return report(out)
 
@@ -266,23 +294,36 @@ def report(out: Path) -> str:
             ]
         )  # fmt: skip
         share = middle(sides["rlkit"], "reference_seconds") / middle(sides["rlkit"], "seconds")
+        reached = {
+            side: np.median([float(r["gflop"]) / float(r["seconds"]) / float(r["matmul_gflops"]) for r in sides[side]])
+            for side in ("rlkit", "trl") if sides[side]
+        }  # fmt: skip
+        first = {side: float(sides[side][0]["pairs_per_second"]) for side in SIDES if sides[side]}  # of one repeat
+        whole = first.get("rlkit", float("nan"))
         parts.append(
             [
-                model, data, precision, ratio(speed['rlkit'], speed['rlkit-plain']),
-                ratio(speed['rlkit'], speed['rlkit-ungrouped']), f"{share:.0%}",
+                model, data, precision, ratio(whole, first.get("rlkit-plain", float("nan"))),
+                ratio(whole, first.get("rlkit-ungrouped", float("nan"))), f"{share:.0%}",
+                f"{float(sides['rlkit'][0]['tokens']) / middle(sides['rlkit'], 'seconds'):,.0f}",
+                " / ".join(f"{share:.0%}" for share in reached.values()),
             ]
         )  # fmt: skip
     header = (
         "model", "data", "precision", "rlkit pairs/s", "TRL", "TRL precomputed", "rlkit / TRL", "rlkit / precomputed",
         "both checkpointed", "peak MiB, rlkit / TRL",
     )  # fmt: skip
-    ablation = ("model", "data", "precision", "sharing prompts", "batches by length", "time in the reference")
+    ablation = (
+        "model", "data", "precision", "sharing prompts", "batches by length", "time in the reference", "tokens/s",
+        "share of the matrix-product rate, rlkit / TRL",
+    )  # fmt: skip
     counts = sorted({len(members) for sides in found.values() for members in sides.values() if members})
     runs = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else f"{counts[0]} run" + "s" * (counts[0] > 1)
     rate = np.median([float(r["matmul_gflops"]) for r in rows])
     text = (
-        f"{table(header, lines)}\n\nWhat each technique brings: speed with it over speed without.\n\n"
-        f"{table(ablation, parts)}\n\nMedians of {runs} of {rows[-1]['pairs']} pairs; {rows[-1]['threads']} threads on "
+        f"{table(header, lines)}\n\nWhat each technique brings (speed with it over speed without, in the first run), "
+        "where the time goes, and how near the arithmetic of unpadded rows comes to the machine's matrix products; "
+        "with shared prompts it can pass 100 %.\n\n"
+        f"{table(ablation, parts)}\n\nMedians of {runs} of {' or '.join(sorted({r['pairs'] for r in rows}))} pairs; {rows[-1]['threads']} threads on "
         f"{rows[-1]['cores']} cores of {rows[-1]['processor']}, matrix products at {rate:.0f} GFLOP/s; "
         f"{rows[-1]['versions']}\n"
     )
@@ -291,7 +332,7 @@ def report(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "check":
-        check(*sys.argv[2:])
+    if sys.argv[1] in ("check", "count"):
+        {"check": check, "count": count}[sys.argv[1]](*sys.argv[2:])
     else:
         run_one(*sys.argv[2:5], int(sys.argv[5]), *sys.argv[6:])
