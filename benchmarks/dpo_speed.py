@@ -319,11 +319,12 @@ def report(out: Path) -> str:
     counts = sorted({len(members) for sides in found.values() for members in sides.values() if members})
     runs = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else f"{counts[0]} run" + "s" * (counts[0] > 1)
     rate = np.median([float(r["matmul_gflops"]) for r in rows])
+    pairs = " or ".join(sorted({r["pairs"] for r in rows}))
     text = (
         f"{table(header, lines)}\n\nWhat each technique brings (speed with it over speed without, in the first run), "
         "where the time goes, and how near the arithmetic of unpadded rows comes to the machine's matrix products; "
         "with shared prompts it can pass 100 %.\n\n"
-        f"{table(ablation, parts)}\n\nMedians of {runs} of {' or '.join(sorted({r['pairs'] for r in rows}))} pairs; {rows[-1]['threads']} threads on "
+        f"{table(ablation, parts)}\n\nMedians of {runs} of {pairs} pairs; {rows[-1]['threads']} threads on "
         f"{rows[-1]['cores']} cores of {rows[-1]['processor']}, matrix products at {rate:.0f} GFLOP/s; "
         f"{rows[-1]['versions']}\n"
     )
