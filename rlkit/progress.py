@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -78,3 +79,33 @@ class Progress:
             self._bar.console.print(line)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+class Phase:
+    """Lines about a long phase before or beside the updates, one every few seconds: `sampling: 1,280 of 8,000 rows`.
+
+    A phase that is over sooner is not mentioned.
+
+    Args:
+        what: the phase.
+        unit: what it counts.
+        say: takes a line.
+        seconds: between lines.
+        clock: tells the time in seconds.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        unit: str,
+        say: Callable[[str], None],
+        seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._text, self._say, self._seconds, self._clock = f"{what}: {{:,}} of {{:,}} {unit}", say, seconds, clock
+        self._next = clock() + seconds
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total and self._clock() >= self._next:
+            self._next = self._clock() + self._seconds
+            self._say(self._text.format(done, total))

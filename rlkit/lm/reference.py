@@ -21,6 +21,7 @@ from rlkit.buffer import RolloutBuffer
 from rlkit.errors import RlkitError, UserError
 from rlkit.lm import models
 from rlkit.lm.reference_cache import Floats, ReferenceCache, cache_folder, row_key
+from rlkit.progress import Phase
 from rlkit.trainer import versions
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def fill(trainer: LMTrainer, should_stop: Callable[[], bool]) -> bool:
     values: list[Floats | None] = [None] * len(keys)
     known: dict[bytes, Floats] = {}
     batches = list(_batches(trainer))
+    count = len(trainer.units) + len(trainer.eval_units)
+    phase, done = Phase("reference log-probs", "units", trainer.say), 0
     with trainer.reference() as model, _cache(trainer) as cache:
         for start in range(0, len(batches), group.size):
             if group.any(should_stop()):
@@ -74,9 +77,10 @@ def fill(trainer: LMTrainer, should_stop: Callable[[], bool]) -> bool:
                         cache.put(zip(names, logps, strict=True))
                 for row, logp in zip(rows[b].tolist(), logps, strict=True):
                     values[row] = logp
+            done += sum(len(ids) for _, ids in at_once)
+            phase(done, count)
     empty = np.zeros(0, np.float32)  # completions that no unit names
     completions["ref_logp"] = [empty if value is None else value for value in values]
-    count = len(trainer.units) + len(trainer.eval_units)
     trainer.say(f"reference log-probs of {count:,} units: {found:,} from the cache, {time.monotonic() - began:.1f} s")
     return True
 

@@ -37,6 +37,7 @@ from rlkit.lm.logps import Head, find_head
 from rlkit.lm.optimisation import make_optimizer, schedule
 from rlkit.lm.sample import Samples, Sampling, generate
 from rlkit.lm.tokens import Encoded, Encoder
+from rlkit.progress import Phase
 from rlkit.rng import derive, permutation
 from rlkit.run import refuse_foreign
 from rlkit.signals import stop
@@ -675,6 +676,7 @@ class LMTrainer(Trainer):
                 keys=mine,
                 device=self.device,
                 autocast=self.autocast,
+                progress=Phase("sampling", "completions", self.say),
                 should_stop=should_stop,
             )
         return Samples.dealt(group.gather(found))
