@@ -34,6 +34,7 @@ from rlkit.lm import embedded, evaluation, models, reference, sharding
 from rlkit.lm.config import LMConfig
 from rlkit.lm.layout import Layout, Mode, Row, Scorer, cheapest, choose, forward, rows_of
 from rlkit.lm.logps import Head, find_head
+from rlkit.lm.opening import open_model
 from rlkit.lm.optimisation import make_optimizer, schedule
 from rlkit.lm.sample import Samples, Sampling, generate
 from rlkit.lm.tokens import Encoded, Encoder
@@ -173,7 +174,8 @@ class LMTrainer(Trainer):
         self.check()
         if config.fsdp and not self.sharded and self._saved is None:
             raise UserError("`fsdp` divides the model among processes: start several, `torchrun --nproc_per_node N …`")
-        self.model, self.tokenizer = self.open_model()
+        opened = open_model(self, self._place)
+        self.model, self.tokenizer = opened.model, opened.tokenizer
         if config.disable_dropout:
             models.without_dropout(self.model)
         if config.gradient_checkpointing:
@@ -205,7 +207,7 @@ class LMTrainer(Trainer):
         )
         if self._saved is None:
             self.identity = {"start": models.weights_hash(self.model), **self._sources()}
-            if self._adapter_is_new:
+            if opened.adapter_is_new:
                 self.identity["adapter"] = "new"
             self._load_data()
             self.choose_batching()
@@ -239,66 +241,9 @@ class LMTrainer(Trainer):
         """Columns of a unit: one row id of a completion for each branch, and what the loss needs besides."""
         return {name: Field(dtype=torch.int64) for name in self.branches}
 
-    def open_model(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """The model to train, with its adapter, and its tokenizer.
-
-        Raises:
-            UserError: there is no model, it is not one of transformers, or it has no trainable weight.
-        """
-        config, given, place = self.config, self._given, self._place
-        model, tokenizer = given.get("model"), given.get("processing_class")
-        adapter = place if place is not None and (place / "adapter_config.json").exists() else None
-        # A checkpoint is a folder with the model, or one with its adapter alone.
-        start = str(place) if place is not None and adapter is None else config.model
-        if model is None and start is None and config.data == EMBEDDED:
-            with self.processes.main_first():  # it leaves the model in the cache
-                model, made = self.embedded_start()
-            tokenizer = tokenizer or made
-        if model is None and start is None:
-            raise UserError(
-                f"`model`: {self.name} needs a causal language model: --model FOLDER or a name on the hub"
-                + (", and --data" if config.data is None else "")
-            )
-        if model is None:
-            model = self.load_model(start)
-        if not isinstance(model, nn.Module) or not hasattr(models.unwrapped(model), "get_output_embeddings"):
-            raise UserError(f"`model`: expected a causal language model of transformers, got {type(model).__name__}")
-        if tokenizer is None:
-            source = config.tokenizer or start or getattr(models.unwrapped(model), "name_or_path", "")
-            if not source:
-                raise UserError("`tokenizer`: the model names no folder; pass `processing_class=tokenizer`")
-            tokenizer = models.load_tokenizer(source)
-        if config.use_peft or "peft_config" in given or (adapter is not None and not models.is_adapted(model)):
-            model = self._with_adapter(model, adapter)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise UserError("`model`: no weight of it is trainable (requires_grad is false for all)")
-        return model, tokenizer
-
     def load_model(self, source: str) -> nn.Module:
         """The model in a folder, or under a hub name."""
         return models.load_model(source, attn_implementation=self.config.attn_implementation)
-
-    def _with_adapter(self, model: nn.Module, saved: Path | None) -> nn.Module:
-        """`model` with a new adapter, of the kind in the folder `saved` if there is one."""
-        if models.is_adapted(model):
-            raise UserError("`use_peft`: the model has an adapter already, which is trained; leave `use_peft` out")
-        from peft import LoraConfig, PeftConfig
-
-        config, modules = self.config, self.config.lora_target_modules
-        self._adapter_is_new = True
-        if saved is not None:
-            lora = PeftConfig.from_pretrained(str(saved))
-            lora.inference_mode = False
-            return models.add_adapter(model, lora)
-        lora = self._given.get("peft_config") or LoraConfig(
-            task_type=self.task_type,
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            target_modules=modules[0] if len(modules) == 1 else list(modules),
-        )
-        return models.add_adapter(model, lora)
-
-    _adapter_is_new = False
 
     def given(self, name: str) -> Any:
         """An object that the constructor got under this name, or None."""
