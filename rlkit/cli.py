@@ -207,9 +207,9 @@ def evaluate(args: Sequence[str]) -> int:
         raise UserError(f"{given.run}: {trainer.why_no_evaluation(given.run)}")
     record = trainer.evaluate(given.episodes or trainer.config.eval_episodes or 10, seed=given.seed)
     assert record is not None  # nothing stops it here
-    print(trainer.describe_evaluation(record))
+    _say(trainer.describe_evaluation(record))
     if given.json:
-        print(json.dumps(_no_nan(trainer.evaluation_json(record))))
+        _say(json.dumps(_no_nan(trainer.evaluation_json(record))))
     return 0
 
 

@@ -8,6 +8,7 @@ have to be called by all processes in the same order, or they wait for one anoth
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import warnings
@@ -19,7 +20,6 @@ from rlkit.errors import RlkitError, UserError
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import Tensor
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Processes:
         return [value]
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, in every process. Collective."""
+        """What the main process makes, in every process; an error there is one everywhere. Collective."""
         return make()
 
     def wait(self) -> None:
@@ -106,25 +106,34 @@ class _Several(Processes):
 
     def __init__(self, device: str) -> None:
         import torch
+        from accelerate import PartialState
 
-        accelerator = _accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
-        kind = str(accelerator.distributed_type).removeprefix("DistributedType.")
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            raise UserError(
-                f"accelerate was set up for {kind}, which rlkit does not use; start the processes with torchrun or "
-                "`accelerate launch --multi_gpu`, and divide weights among them with `--fsdp true`"
-            )
-        if accelerator.num_processes != launched():
+        for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+                raise UserError(
+                    f"accelerate was set up for {kind}, which rlkit does not use; start the processes with torchrun or "
+                    "`accelerate launch --multi_gpu`, and divide weights among them with `--fsdp true`"
+                )
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        here, devices = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
+        if not cpu and here > devices:
+            raise UserError(f"{here} processes were started on a machine with {devices} CUDA devices")
+        state = PartialState(cpu=cpu)
+        if state.num_processes != launched():
             raise RlkitError(
-                f"the launcher started {launched()} processes, but {accelerator.num_processes} joined (as {kind}); "
-                "`torchrun --nproc_per_node N` is known to work"
+                f"the launcher started {launched()} processes, but {state.num_processes} joined (as "
+                f"{state.distributed_type}); `torchrun --nproc_per_node N` is known to work"
             )
-        self._accelerator = accelerator
-        self.rank, self.size = accelerator.process_index, accelerator.num_processes
-        self.device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")
+        self.rank, self.size = state.process_index, state.num_processes
+        self.device = state.device if not cpu else torch.device("cpu")
+        self._torch, self._state = torch, state
+        atexit.register(self._leave)  # its threads must not outlive the interpreter
         # Flags and texts go through gloo, so that asking a question never waits for a GPU's queue.
-        self._torch = torch
-        self._control = torch.distributed.new_group(backend="gloo") if self.device.type != "cpu" else None
+        self._control = None if cpu else torch.distributed.new_group(backend="gloo")
+
+    def _leave(self) -> None:
+        if self._torch.distributed.is_initialized():
+            self._torch.distributed.destroy_process_group()
 
     def any(self, flag: bool) -> bool:
         votes = self._torch.tensor([int(flag)])
@@ -143,16 +152,17 @@ class _Several(Processes):
 
     def from_main(self, make: Callable[[], T]) -> T:
         box: list[Any] = [None]
-        error: Exception | None = None
         if self.is_main:
             try:
                 box = [(make(), None)]
-            except UserError as raised:  # of all processes, or the others would wait
-                box, error = [(None, str(raised))], raised
+            except Exception as error:
+                box = [(None, error if isinstance(error, RlkitError) else RlkitError(f"process 0: {error}"))]
+                self._torch.distributed.broadcast_object_list(box, src=0, group=self._control)
+                raise
         self._torch.distributed.broadcast_object_list(box, src=0, group=self._control)
-        value, message = box[0]
-        if message is not None:
-            raise error or UserError(message)
+        value, failed = box[0]
+        if failed is not None:
+            raise failed
         return value
 
     def wait(self) -> None:
@@ -160,22 +170,18 @@ class _Several(Processes):
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        with self._accelerator.main_process_first():
+        with self._state.main_process_first():
             yield
 
     def wrapped(self, module: torch.nn.Module) -> torch.nn.Module:
-        with warnings.catch_warnings():  # about the name of `broadcast_buffers`, which is accelerate's to change
+        with warnings.catch_warnings():  # `broadcast_buffers` has a new name in PyTorch 2.13, which older ones lack
             warnings.simplefilter("ignore", FutureWarning)
-            return self._accelerator.prepare_model(module)
-
-
-def _accelerator(*, cpu: bool) -> Accelerator:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    # Buffers are constants here (tables of positions), and synchronising them would make a forward pass collective.
-    return Accelerator(
-        cpu=cpu, mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
-    )
+            return self._torch.nn.parallel.DistributedDataParallel(
+                module,
+                device_ids=None if self.device is None or self.device.type == "cpu" else [self.device],
+                # They are constants here (tables of positions), and synchronising them would make inference collective.
+                broadcast_buffers=False,
+            )
 
 
 _joined: Processes | None = None

@@ -73,7 +73,7 @@ class Run:
         trainer: its clock, marks and configuration drive the schedules.
         folder: where files go; None keeps records in memory and skips evaluations and checkpoints.
         progress: show a progress bar (a terminal) or lines (a pipe).
-        callback: called with the trainer whenever the clock has advanced; False ends the run.
+        callback: called with the trainer whenever the clock has advanced; False ends the run (from any process).
     """
 
     def __init__(
@@ -196,10 +196,11 @@ class Run:
         if not self.processes.any(error is not None):
             place = checkpoint.checkpoint_folder(self.folder, trainer.clock)
             error = _failure(lambda: trainer.write_checkpoint(place))
-        if self.processes.any(error is not None):
+        failures = [text for text in self.processes.gather(error and str(error)) if text is not None]
+        if failures:
             if last:
-                raise RlkitError(f"cannot write the last checkpoint of {self.folder}: {error}") from error
-            self.say(f"cannot write a checkpoint at step {trainer.clock:,} ({error}); training goes on")
+                raise RlkitError(f"cannot write the last checkpoint of {self.folder}: {failures[0]}") from error
+            self.say(f"cannot write a checkpoint at step {trainer.clock:,} ({failures[0]}); training goes on")
             return
         self._saved_at = (trainer.clock, trainer.owed)
         warning = checkpoint.prune(self.folder, self.config.keep_checkpoints) if self.processes.is_main else None

@@ -185,8 +185,9 @@ class Trainer:
         self.horizon = self.horizon or self.target
         self.before_learning()
         self.processes.wait()  # until all have read what is there
-        if self.folder is not None and self.processes.is_main:
-            open_folder(self.folder, dump_yaml(self.saved_config()))
+        if self.folder is not None:
+            folder, text = self.folder, dump_yaml(self.saved_config())
+            self.processes.from_main(lambda: open_folder(folder, text))
         with Run(self, self.folder, progress=progress_bar, callback=callback) as run:
             while not run.stopping and not self._done:
                 if self.owed < 1:
@@ -374,9 +375,9 @@ class Trainer:
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         files = {name: part for name, part in self.state().items() if only is None or name in only}
-        texts = {**self.documents(), "config.yaml": dump_yaml(self.saved_config())}
         try:
             if self.processes.is_main:
+                texts = {**self.documents(), "config.yaml": dump_yaml(self.saved_config())}
                 checkpoint.save(folder, {**files, **texts}, about=about)
         finally:
             self.processes.wait()
@@ -388,7 +389,8 @@ class Trainer:
         Raises:
             UserError: the folder holds something else.
         """
-        return self.write_checkpoint(refuse_foreign(Path(str(folder).removesuffix(".zip"))))
+        path = Path(str(folder).removesuffix(".zip"))
+        return self.write_checkpoint(self.processes.from_main(lambda: refuse_foreign(path)))
 
     @classmethod
     def make_config(cls, fields: Mapping[str, Any], source: str = "") -> Any:
@@ -440,6 +442,7 @@ class Trainer:
         config = cls.make_config({**merge(saved, given), "out": None}, source=str(path / "config.yaml"))
         self = cls._restored(config, files, path, objects)
         self.load_state(files)
+        self.processes.same("the checkpoint's step", (self.clock, self.updates))
         self.seconds = float(about.get("seconds", 0.0))
         self.folder = Path(out) if out is not None else None
         if not inference:

@@ -39,7 +39,12 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def trained(case: str, **fields: Any) -> Any:
-    """The trainer of a case after six steps; the units of a step are those of one process, however many there are."""
+    """The trainer of a case after six steps."""
+    return made(case, **fields).learn(6)
+
+
+def made(case: str, **fields: Any) -> Any:
+    """The trainer of a case; the units of a step are those of one process, however many there are."""
     name, units, own = CASES[case]
     options = {**FIXED, "per_device_train_batch_size": units // launched(), **own, **fields}
     rows = PAIRS[: options.pop("rows", 6)]
@@ -51,7 +56,7 @@ def trained(case: str, **fields: Any) -> Any:
             torch.manual_seed(0)
             model = classifier_of(model)
     trainer: Any = getattr(rlkit, {"dpo": "DPO", "sft": "SFT", "reward_model": "RewardModel"}[name])
-    return trainer(model, train_dataset=rows, processing_class=tokenizer, **options).learn(6)
+    return trainer(model, train_dataset=rows, processing_class=tokenizer, **options)
 
 
 def weights(trainer: Any) -> torch.Tensor:
@@ -90,6 +95,33 @@ def compute(folder: Path) -> None:
                 found[f"{case}, fsdp={fsdp}"]["samples"] = samples
     if trainer.processes.is_main:
         (folder / "computed.json").write_text(json.dumps(found))
+
+
+def in_between(folder: Path) -> None:
+    """Sampling, of fewer prompts than processes too, saving and evaluating leave no trace in a sharded run."""
+    plain = weights(trained("recomputed", fsdp=True))
+    trainer = made("recomputed", fsdp=True, eval_fraction=0)
+    trainer.sample(["Say"], 1, max_new_tokens=3)
+    trainer.save(folder / "early")
+    trainer.learn(2)
+    one = trainer.sample(["Say"], 2, max_new_tokens=3)
+    assert trainer.sample(["Say", "Is ice", "2"], 2, max_new_tokens=3)[0] == one[0]
+    trainer.learn(2)
+    trainer.save(folder / "late")
+    assert torch.equal(weights(trainer.learn(2)), plain)
+    given = made("dpo", fsdp=True, ref_model=tiny_llama(1)[0], eval_fraction=0.4, eval_kl=True, eval_samples=2)
+    given.learn(2)
+    assert given.evaluate() == given.evaluate()  # the reference is opened, and divided, more than once
+    early: Any = rlkit.load(folder / "early")
+    assert torch.equal(weights(early), weights(made("recomputed", fsdp=True)))
+    wrong = made("adapter", fsdp=True)
+    assert "alone" in _message(lambda: wrong.save(folder / "merged", merged=True))
+    frozen, tokenizer = tiny_llama()
+    frozen.unused = torch.nn.Parameter(torch.zeros(1))
+    options = {**FIXED, "processing_class": tokenizer, "train_dataset": PAIRS}
+    assert "1 trainable weights have no part in the loss (unused)" in _message(
+        lambda: rlkit.DPO(frozen, **options).learn(2)
+    )
 
 
 def agree(folder: Path) -> None:
@@ -153,4 +185,5 @@ def stop_and_resume(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"compute": compute, "agree": agree, "stop_and_resume": stop_and_resume}[sys.argv[1]](Path(sys.argv[2]))
+    jobs = {"compute": compute, "in_between": in_between, "agree": agree, "stop_and_resume": stop_and_resume}
+    jobs[sys.argv[1]](Path(sys.argv[2]))

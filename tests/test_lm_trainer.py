@@ -258,6 +258,27 @@ def test_a_run_with_an_adapter_resumes_exactly(folder: str, rows: str, tmp_path:
     assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
 
 
+def test_the_folder_of_an_adapter_does_not_depend_on_the_order_of_a_set(folder: str, rows: str, tmp_path: Path) -> None:
+    trainer: Any = rlkit.DPO(folder, train_dataset=rows, use_peft=True, **SGD)
+    place = trainer.save(tmp_path / "saved")
+    names = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+    assert names == sorted(names)
+    assert len(names) == 14
+
+
+def test_an_adapter_of_virtual_tokens_comes_back(folder: str, rows: str, tmp_path: Path) -> None:
+    """What peft saves of it is computed, not one of the model's tensors."""
+    from peft import PromptTuningConfig
+
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    options = {**SGD, "reference_cache": False, "disable_dropout": True}
+    del options["beta"]
+    trainer: Any = rlkit.SFT(folder, train_dataset=rows, peft_config=tuning, **options)
+    place = trainer.learn(4).save(tmp_path / "saved")
+    loaded: Any = rlkit.load(place)
+    assert [torch.equal(a, b) for a, b in zip(weights(trainer), weights(loaded), strict=True)].count(False) == 0
+
+
 def test_a_saved_folder_is_one_of_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -60,6 +60,10 @@ def test_two_processes_compute_what_one_does_with_twice_the_batch(computed: Any,
         assert found["samples"] == trainer.sample(["Is ice", "2 +", "Say"], 2, max_new_tokens=5)
 
 
+def test_what_comes_between_the_steps_of_a_sharded_run_leaves_no_trace(tmp_path: Path) -> None:
+    job("in_between", tmp_path)
+
+
 def test_processes_agree_and_notice_what_does_not_fit(tmp_path: Path) -> None:
     job("agree", tmp_path)
     main, other = (json.loads((tmp_path / f"said{rank}.json").read_text()) for rank in (0, 1))

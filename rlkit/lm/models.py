@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "default"  # peft's name of a model's first adapter
+ADAPTER_SETS = ("target_modules", "exclude_modules", "modules_to_save")  # which peft writes in the order of a hash
 
 
 def load_model(source: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -226,20 +227,32 @@ def set_adapter_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None
     Raises:
         CheckpointError: names or shapes differ.
     """
-    _copy_into(adapter_weights(model), tensors, "adapter")
+    own = adapter_weights(model)
+    if any(is_divided(tensor) for tensor in own.values()):
+        _copy_into(own, tensors, "adapter")
+        return
+    from peft import set_peft_model_state_dict
+
+    _check_names(own, tensors, "adapter")
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)  # some kinds compute what they save
 
 
 def _copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    _check_names(own, tensors, what)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(divided_like(own[name], tensor))
+
+
+def _check_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise CheckpointError(f"the {what} has other weights than the checkpoint: {', '.join(odd[:5])}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if own[name].shape != tensor.shape:
-                raise CheckpointError(
-                    f"`{name}` of the checkpoint is {tuple(tensor.shape)}, the {what}'s is {tuple(own[name].shape)}"
-                )
-            own[name].copy_(divided_like(own[name], tensor))
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"`{name}` of the checkpoint is {tuple(tensor.shape)}, the {what}'s is {tuple(own[name].shape)}"
+            )
 
 
 def weights_hash(model: nn.Module, *, adapter: bool = True) -> str:
@@ -323,8 +336,16 @@ def documents(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 
 def _portable(path: Path) -> str:
-    """A file's text, without what a tokenizer notes about where it was loaded from: equal runs write equal files."""
+    """A file's text, such that equal runs write equal files.
+
+    Without what a tokenizer notes about where it was loaded from, and with the sets of an adapter in order.
+    """
     text = path.read_text(encoding="utf-8")
+    if path.name == "adapter_config.json":
+        adapter = {
+            k: sorted(v) if k in ADAPTER_SETS and isinstance(v, list) else v for k, v in json.loads(text).items()
+        }
+        return json.dumps(adapter, indent=2, sort_keys=True) + "\n"
     if path.name != "tokenizer_config.json":
         return text
     fields = {k: v for k, v in json.loads(text).items() if k not in ("is_local", "local_files_only", "name_or_path")}

@@ -104,6 +104,7 @@ def _cache(trainer: LMTrainer) -> ReferenceCache:
         "attention": models.unwrapped(trainer.model).config._attn_implementation,
         "batching": f"{config.batching}, {trainer.batching}",
         "logits_memory": config.logits_memory,
+        "sharded": trainer.sharded,
         **versions(),
     }
     return ReferenceCache(identity, cache_folder() if config.reference_cache and trainer.processes.is_main else None)
@@ -146,9 +147,18 @@ def reference_model(trainer: LMTrainer) -> Iterator[nn.Module]:
         training = model.training
         model.eval()
         try:
-            yield trainer.called if own else trainer.distributed(model, trains=False)
+            yield trainer.called if own else _scorer(trainer, model)
         finally:
             model.train(training)
+
+
+def _scorer(trainer: LMTrainer, model: nn.Module) -> nn.Module:
+    """What is called for a reference of its own; an object given in Python is divided only once."""
+    if model is not trainer.given("ref_model"):
+        return trainer.distributed(model, trains=False)
+    if trainer.given_reference is None:
+        trainer.given_reference = trainer.distributed(model, trains=False)
+    return trainer.given_reference
 
 
 def check_start(trainer: LMTrainer) -> None:

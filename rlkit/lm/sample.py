@@ -299,6 +299,7 @@ def _decode(
         generation_config=config,
         logits_processor=_processors(sampling, draw),
         stopping_criteria=StoppingCriteriaList([stop]),
+        synced_gpus=False,  # sharded weights have been gathered; processes need not go token by token together
     )
     return out[:, width:].cpu().numpy(), torch.stack(draw.logp, dim=1).cpu().numpy()
 

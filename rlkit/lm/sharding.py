@@ -33,6 +33,9 @@ def shard(scorer: nn.Module, device: torch.device) -> nn.Module:
         if type(module).__name__ in kinds:
             fully_shard(module, mesh=mesh)
     fully_shard(scorer, mesh=mesh)
+    # Now, or a block that sampling calls before the whole was called once would take itself for the whole.
+    state: Any = scorer
+    state._get_fsdp_state()._lazy_init()
     whole = [name for name, parameter in scorer.named_parameters() if not isinstance(parameter, DTensor)]
     if whole:
         raise RlkitError(f"`fsdp`: {whole[0]} was not divided among the processes")
@@ -108,6 +111,8 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     """What `optimizer.state_dict()` gives in one process, in the main one; without state in the others. Collective."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+    if not optimizer.state:  # PyTorch would make one by a step
+        return optimizer.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     named: Any = get_optimizer_state_dict(model, optimizer, options=options)
     numbers = {name: i for i, name in enumerate(_names(model, optimizer))}
@@ -119,12 +124,13 @@ def set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stat
     """Load what `optimizer_state` gave, or `state_dict()` in one process. Collective."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    names = _names(model, optimizer)
-    named: dict[str, Any] = {
-        "state": {names[int(number)]: values for number, values in state["state"].items()},
-        "param_groups": [{**g, "params": [names[int(i)] for i in g["params"]]} for g in state["param_groups"]],
-    }
-    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+    if state["state"]:
+        names = _names(model, optimizer)
+        named: dict[str, Any] = {
+            "state": {names[int(number)]: values for number, values in state["state"].items()},
+            "param_groups": [{**g, "params": [names[int(i)] for i in g["params"]]} for g in state["param_groups"]],
+        }
+        set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})  # PyTorch made lists of tuples
 

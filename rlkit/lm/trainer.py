@@ -29,7 +29,7 @@ from rlkit import processes
 from rlkit.buffer import LENGTH, Field, Ragged, RolloutBuffer
 from rlkit.config import dump_yaml, to_dict, validate
 from rlkit.envs import preferences
-from rlkit.errors import UserError, differences
+from rlkit.errors import RlkitError, UserError, differences
 from rlkit.lm import embedded, evaluation, models, reference, sharding
 from rlkit.lm.config import LMConfig
 from rlkit.lm.layout import Layout, Mode, Row, Scorer, cheapest, choose, forward, rows_of
@@ -88,7 +88,7 @@ class LMTrainer(Trainer):
         eval_dataset: the same, held out.
         processing_class: the tokenizer, where it is not the model's own.
         peft_config: a configuration of peft, instead of `use_peft`.
-        ref_model: the reference, where it is not the model that training starts from.
+        ref_model: the reference, where it is not the model that training starts from; with `fsdp` it is divided, too.
         config: a whole configuration, instead of `fields`.
         fields: fields of `Config`, such as `seed=0, beta=0.1`.
 
@@ -228,7 +228,7 @@ class LMTrainer(Trainer):
         return Scorer(model, Head.of(model) if self.head_checked else None)
 
     def distributed(self, model: nn.Module, *, trains: bool = True) -> nn.Module:
-        """The scorer of `model`, made for several processes where there are some."""
+        """The scorer of `model`, made for several processes where there are some; sharding divides `model` in place."""
         if self.sharded:
             return sharding.shard(self.scorer(model), self.device)
         scorer = self.scorer(model)
@@ -481,6 +481,8 @@ class LMTrainer(Trainer):
             loss_sum += loss.detach() * counts
             for name, value in each.items():
                 values.setdefault(name, []).append(value if counts else value[:0])
+        if self.updates == 0 and self.processes.size > 1:
+            self._refuse_unused()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         norm = sharding.whole(norm.detach())
@@ -490,6 +492,15 @@ class LMTrainer(Trainer):
             self.optimizer.step()
         means = self._means(loss_sum, values)
         return {"loss": means.pop("loss"), "grad_norm": norm, **means}
+
+    def _refuse_unused(self) -> None:
+        """Weights without a gradient leave processes waiting for one."""
+        unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise UserError(
+                f"`model`: {len(unused)} trainable weights have no part in the loss ({', '.join(unused[:3])}); with "
+                "several processes freeze them: `parameter.requires_grad_(False)`"
+            )
 
     def _means(self, loss: Tensor, values: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """The step's loss, and the means of its units' values, over all processes."""
@@ -539,6 +550,9 @@ class LMTrainer(Trainer):
         needed = self.uses_reference and "ref_logp" not in self.completions
         if needed and reference.fill(self, should_stop):
             reference.check_start(self)
+
+    given_reference: nn.Module | None = None
+    """The scorer of a reference that was given as an object."""
 
     def reference(self) -> AbstractContextManager[nn.Module]:
         """The reference, for a while, as `score(model=…)` takes it: see `rlkit.lm.reference`."""
@@ -609,21 +623,35 @@ class LMTrainer(Trainer):
         """
         group = self.processes
         mine = list(range(group.rank, len(prompts), group.size))
-        with sharding.gathered(self.called):
-            found = generate(
-                self.model,
-                [prompts[i] for i in mine],
-                k,
-                Sampling(temperature=temperature, max_new_tokens=max_new_tokens or self.config.max_completion_length),
-                seed=derive(self.config.seed if seed is None else seed, "sample"),
-                eos_token_ids=self.encoder.end_ids(),
-                pad_token_id=self.tokenizer.pad_token_id,
-                keys=mine,
-                device=self.device,
-                autocast=self.autocast,
-                progress=Phase("sampling", "completions", self.say),
-                should_stop=should_stop,
-            )
+        idle = not mine and len(prompts) > 0
+        found: Samples | None = None
+        error: RlkitError | None = None
+        try:
+            with sharding.gathered(self.called):
+                found = generate(
+                    self.model,
+                    # A sharded model that one process alone did not call would gather in another order afterwards.
+                    [prompts[i] for i in mine] or list(prompts[:1]),
+                    k,
+                    Sampling(
+                        temperature=temperature, max_new_tokens=max_new_tokens or self.config.max_completion_length
+                    ),
+                    seed=derive(self.config.seed if seed is None else seed, "sample"),
+                    eos_token_ids=self.encoder.end_ids(),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    keys=mine or list(range(len(prompts[:1]))),
+                    device=self.device,
+                    autocast=self.autocast,
+                    progress=Phase("sampling", "completions", self.say),
+                    should_stop=should_stop,
+                )
+        except RlkitError as raised:
+            error = raised
+        for failed in group.gather(error):
+            if failed is not None:
+                raise failed
+        if idle and found is not None:
+            found = Samples(found.prompt[:0], [], [], found.finished[:0])
         return Samples.dealt(group.gather(found))
 
     # Words for the user
@@ -702,7 +730,7 @@ class LMTrainer(Trainer):
         """What building needs to know of the saved state."""
         self.epoch, self.batching, self.head_checked = state["epoch"], state["batching"], state["head_checked"]
         self.identity = dict(state["identity"])
-        if state["batch"] == self._batch_fields():  # other processes than before divide the same steps
+        if state.get("batch") == self._batch_fields():  # other processes than before divide the same steps
             self.units_per_step = state["units_per_step"]
 
     def _batch_fields(self) -> list[int]:
@@ -740,12 +768,12 @@ class LMTrainer(Trainer):
         Raises:
             UserError: the folder holds something else.
         """
-        path = refuse_foreign(Path(str(folder).removesuffix(".zip")))
+        path = Path(str(folder).removesuffix(".zip"))
+        self.processes.from_main(lambda: refuse_foreign(path))
         if merged and models.is_adapted(self.model):
-            with sharding.gathered(self.called):
-                if self.processes.is_main:
-                    models.save_merged(self.model, self.tokenizer, path)
-            self.processes.wait()
+            if self.sharded:
+                raise UserError("`merged`: save without it, then `rlkit.load(folder).save(other, merged=True)` alone")
+            self.processes.from_main(lambda: models.save_merged(self.model, self.tokenizer, path))
             return path
         return self.write_checkpoint(path, self.inference_parts - {"buffer"})
 
