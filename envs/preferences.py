@@ -196,7 +196,7 @@ def read(
         raise UserError(f"limit: {limit!r} is not a positive integer")
     given = open_rows(source, split, limit)
     if not given.rows:
-        raise UserError(f"{given.name}: no rows")
+        raise UserError(f"{given.name}: no rows; expected one or more with {EXPECTED}")
     mapping = dict(mapping or {})
     prepared = _renamed(given, mapping)
     layouts = [_layout(row) for row, _ in prepared]
@@ -314,7 +314,10 @@ class _Collected:
             )
         if not self.parsed:
             bad = f", bad rows:\n{listing}" if listing else ""
-            raise UserError(f"{name}: none of {total:,} rows is left; {self.counts[TIES]:,} ties{bad}")
+            raise UserError(
+                f"{name}: none of {total:,} rows is left; {self.counts[TIES]:,} ties{bad}\nat least one is needed: "
+                "mend the rows, or name other columns with `--map`"
+            )
         columns = list(dict.fromkeys(key for _, one, row in self.parsed for key in (*row, *one.extra)))
         records = [
             Record(
@@ -368,7 +371,7 @@ def check_labels(labels: Sequence[bool], name: str) -> None:
     """Raise UserError unless both labels occur."""
     if all(labels) or not any(labels):
         found = f"{len(labels):,} {TIMES} {str(labels[0]).lower()}" if labels else "no rows"
-        raise UserError(f"{name}: needs both labels; found {found}")
+        raise UserError(f"{name}: needs both labels; found {found}; add rows of the other label")
 
 
 # Layouts
@@ -656,6 +659,10 @@ EXPECTED = (
 )
 
 
+COLUMNS = 20
+"""Names of columns that a message lists at most."""
+
+
 def _ordered(layout: _Layout) -> list[str]:
     return re.sub(r"\[.*?\]", "", layout.name).split(", ")
 
@@ -674,8 +681,9 @@ def _no_format(given: Rows, row: Row) -> str:
     absent = [name for name in wanted if name not in has]
     missing = f"missing {', '.join(f'`{name}`' for name in absent)}; " if len(absent) < len(wanted) else ""
     example = ",".join(f"{name}={free[k] if k < len(free) else 'COLUMN'}" for k, name in enumerate(absent))
+    found = ", ".join(columns[:COLUMNS]) + (f", … ({len(columns)} in all)" if len(columns) > COLUMNS else "")
     return (
-        f"{given.name}: {missing}found `{', '.join(columns)}`; expected one of: {EXPECTED}. "
+        f"{given.name}: {missing}found `{found}`; expected one of: {EXPECTED}. "
         f"Name the columns with, for example, `--map {example}`"
     )
 

@@ -171,7 +171,8 @@ def _rows_of(path: Path) -> Iterator[tuple[Any, int]]:
             else:
                 yield from _json(_decode(file.read(), str(path), 1), str(path))
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({_short(error)})") from error
+        remedy = "" if isinstance(error, PermissionError) else "; copy or download it again"
+        raise UserError(f"{path}: cannot be read ({_short(error)}){remedy}") from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[Any, int]]:
@@ -184,7 +185,10 @@ def _parquet(path: Path) -> Iterator[tuple[Any, int]]:
                 for row in batch.to_pylist():
                     yield row, 0
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a parquet file, or a damaged one ({_short(error)})") from error
+        raise UserError(
+            f"{path}: not a parquet file, or a damaged one ({_short(error)}); copy or download it again, or name it by "
+            "what it holds"
+        ) from error
 
 
 def _decode(data: bytes, name: str, line: int) -> str:
@@ -192,7 +196,9 @@ def _decode(data: bytes, name: str, line: int) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
-        raise UserError(f"{name} line {line}: not UTF-8") from None
+        raise UserError(
+            f"{name} line {line}: not UTF-8; expected text in UTF-8 (a compressed file's name ends in .gz)"
+        ) from None
 
 
 def _json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[Any, int]]:
@@ -208,6 +214,8 @@ def _json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[Any, int]]:
 def _json(text: str, name: str) -> Iterator[tuple[Any, int]]:
     """Rows of a list, of the list at "data", or of objects one after the other, which many .json files hold."""
     start = _skip(text, 0)
+    if start == len(text):
+        return
     if text.startswith("{", start):
         first, end = _value(text, start, name)
         if _skip(text, end) < len(text) or not isinstance(first.get("data"), list):
@@ -216,7 +224,7 @@ def _json(text: str, name: str) -> Iterator[tuple[Any, int]]:
         yield from _values(text, _member(text, start, "data", name) + 1, name, "]")
         return
     if not text.startswith("[", start):
-        raise UserError(f"{name}: expected a list of objects")
+        raise UserError(f"{name}: expected a list of objects, as in [{{...}}, {{...}}]; found other text")
     yield from _values(text, start + 1, name, "]", whole=True)
 
 
@@ -238,7 +246,7 @@ def _values(text: str, at: int, name: str, close: str, whole: bool = False) -> I
         elif close and at < len(text) and not text.startswith(close, at):
             raise UserError(f"{name} line {line + text.count(chr(10), counted, at)}: not JSON (expected `,` or `]`)")
     if close and at >= len(text):
-        raise UserError(f"{name}: the file ends within its list")
+        raise UserError(f"{name}: the file ends within its list; copy or download it again")
     if close and whole and _skip(text, at + 1) < len(text):
         raise UserError(f"{name}: not JSON (something follows the list)")
 
@@ -269,7 +277,11 @@ def _value(text: str, at: int, name: str, line: int | None = None) -> tuple[Any,
     try:
         return DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise UserError(f"{name} line {error.lineno if line is None else line}: not JSON ({error.msg})") from None
+        expected = "JSON" if line is None else "one JSON object a line"
+        raise UserError(
+            f"{name} line {error.lineno if line is None else line}: not JSON ({error.msg}); expected {expected}: mend "
+            "the line, or leave it out"
+        ) from None
     except (RecursionError, ValueError) as error:
         at_line = text.count("\n", 0, at) + 1 if line is None else line
         raise UserError(f"{name} line {at_line}: cannot be read ({type(error).__name__})") from None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from lm_zoo import PAIRS, tiny_llama
+from lm_zoo import PAIRS, saved_llama, tiny_llama
 from torch.nn import functional as F
 
 import rlkit
 from rlkit.errors import UserError
-from rlkit.trainers.dpo import DPO, pair_loss
+from rlkit.trainers.dpo import DPO, LossType, pair_loss
 
 LOSSES = ["sigmoid", "hinge", "ipo", "ipo_sum", "robust", "exo_pair", "nca_pair", "sppo_hard", "sigmoid_norm"]
 
@@ -144,6 +144,68 @@ def test_weights_of_pairs_scale_their_losses() -> None:
         weights.append([p.detach() for p in trainer.model.parameters()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+# A step of eight pairs in other ways. The reference is another model, so that no log-ratio is 0; weights, lengths and
+# prompts (two occur twice) differ, so that a mean over the wrong number or a pair in the wrong place shows.
+
+EIGHT = [
+    {**row, "weight": weight}
+    for row, weight in zip(
+        [
+            *PAIRS,
+            {"prompt": PAIRS[0]["prompt"], "chosen": " Green.", "rejected": " Three."},
+            {"prompt": PAIRS[3]["prompt"], "chosen": " Hi, how do you do?", "rejected": " Oi. Oi. Oi. Oi. Oi."},
+        ],
+        [1, 0.5, 2, 1, 0.25, 1, 1.5, 1],
+        strict=True,
+    )
+]
+SMALL = {"logits_memory": 1e-3}  # MiB: one position's logits at a time
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "4x2": (4, {}),
+    "1x8": (1, {}),
+    "small": (8, SMALL),
+    "packed": (8, {"batching": "packed", "packing_length": 96}),
+    "4x2 shared, small": (4, {"batching": "shared", **SMALL}),
+    "1x8 packed, small": (1, {"batching": "packed", **SMALL}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two models, policy and reference."""
+    place = tmp_path_factory.mktemp("models")
+    return saved_llama(place / "policy"), saved_llama(place / "reference", seed=1)
+
+
+@pytest.mark.parametrize("loss", get_args(LossType))
+def test_how_a_step_is_computed_changes_nothing(loss: str, folders: tuple[str, str]) -> None:
+    """8 x 1 = 4 x 2 = 1 x 8, packed = shared = plain, few logits at once = all: metrics, and every weight's gradient.
+
+    In float32 to 1e-5 of the largest entry of each weight's gradient, and to 1e-5 relative in the metrics; rounding
+    was seen to make up to 2e-6.
+    """
+
+    def step(size: int, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        trainer: Any = rlkit.DPO(
+            folders[0], ref_model=folders[1], train_dataset=EIGHT, loss_type=(loss,), beta=0.3, eval_fraction=0,
+            label_smoothing=smoothing(loss), optim="sgd", learning_rate=0.0, max_grad_norm=0, log_every=1, device="cpu",
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, reference_cache=False,
+            **{"batching": "plain", **options},
+        )  # fmt: skip
+        assert trainer.learn(1).batching == options.get("batching", "plain")
+        record = {k: v for k, v in trainer.log.history[0].items() if not k.startswith("time/")}
+        return {name: p.grad for name, p in trainer.model.named_parameters()}, record
+
+    gradients, record = step(8)
+    assert all(float(gradient.abs().max()) > 1e-4 for gradient in gradients.values())
+    for name, (size, options) in WAYS.items():
+        others, other = step(size, **options)
+        assert other == pytest.approx(record, rel=1e-5, abs=1e-6), name
+        for key, gradient in gradients.items():
+            difference = float((others[key] - gradient).abs().max() / gradient.abs().max())
+            assert difference < 1e-5, f"{name}: {key}"
 
 
 @pytest.mark.parametrize(

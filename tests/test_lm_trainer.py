@@ -19,8 +19,10 @@ from lm_zoo import PAIRS, saved_llama, tiny_llama
 import rlkit
 from rlkit.errors import CheckpointError, RlkitError, Stopped, UserError
 from rlkit.lm import reference
-from rlkit.lm.models import load_model, weights_hash
+from rlkit.lm.bytes import CHAT_TEMPLATE, byte_tokenizer
+from rlkit.lm.models import classifier_of, load_model, weights_hash
 from rlkit.lm.reference_cache import ReferenceCache, row_key
+from rlkit.metrics import read_jsonl
 
 SGD: dict[str, Any] = {
     "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0, "eval_fraction": 0,
@@ -78,11 +80,41 @@ def test_how_a_step_is_cut_changes_nothing() -> None:
         {"attn_implementation": "eager"},
     ],
 )
-def test_speed_options_change_nothing(other: dict[str, Any]) -> None:
-    plain = dpo(per_device_train_batch_size=6, batching="plain").learn(3)
-    fast = dpo(per_device_train_batch_size=6, **{"batching": "plain", **other}).learn(3)
+def test_speed_options_change_nothing(other: dict[str, Any], folder: str) -> None:
+    options = {**SGD, "train_dataset": PAIRS, "per_device_train_batch_size": 6, "batching": "plain"}
+    plain: Any = rlkit.DPO(folder, **options).learn(3)
+    fast: Any = rlkit.DPO(folder, **{**options, **other})
+    fast.learn(3)
     assert fast.batching == {"auto": "shared"}.get(name := other.get("batching", "plain"), name)
+    assert fast.model.config._attn_implementation == other.get("attn_implementation", "sdpa")
+    assert fast.model.model.layers[0].gradient_checkpointing == other.get("gradient_checkpointing", False)
     same(weights(fast), weights(plain))
+
+
+@pytest.mark.parametrize("name", ["SFT", "RewardModel"])
+def test_how_a_step_is_cut_changes_nothing_elsewhere(name: str, tmp_path: Path) -> None:
+    """6 x 1 = 3 x 2 = 1 x 6: the gradient of every weight, to 1e-5 of its largest entry."""
+    model, tokenizer = tiny_llama()
+    if name == "RewardModel":  # a folder, because another head would be drawn each time
+        rlkit.RewardModel(classifier_of(model), train_dataset=PAIRS, processing_class=tokenizer).save(
+            tmp_path / "start"
+        )
+    else:
+        model.save_pretrained(tmp_path / "start")
+        tokenizer.save_pretrained(tmp_path / "start")
+    options = {k: v for k, v in SGD.items() if k != "beta"} | {"learning_rate": 0.0}
+    found = []
+    for size in (6, 3, 1):
+        trainer: Any = getattr(rlkit, name)(
+            str(tmp_path / "start"), train_dataset=PAIRS, per_device_train_batch_size=size,
+            gradient_accumulation_steps=6 // size, **options,
+        )  # fmt: skip
+        trainer.learn(1)
+        found.append({n: p.grad for n, p in trainer.model.named_parameters()})
+    for other in found[1:]:
+        for key, gradient in found[0].items():
+            assert float(gradient.abs().max()) > 1e-4, key
+            assert float((other[key] - gradient).abs().max() / gradient.abs().max()) < 1e-5, key
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
@@ -150,6 +182,84 @@ def test_the_reference_is_the_start_and_stays() -> None:
     assert abs(trainer.log.history[-1]["rewards/margins"]) > 0.01
 
 
+def test_at_the_start_policy_and_reference_are_one(folder: str, rows: str, tmp_path: Path) -> None:
+    """Before the first update: loss log 2, rewards 0 and KL 0 on held-out pairs and their samples; and not after it."""
+    fields = {**SGD, "eval_fraction": 0.5, "eval_kl": True, "max_completion_length": 8, "learning_rate": 0.5}
+    rlkit.DPO(folder, train_dataset=rows, out=str(tmp_path / "run"), **fields).learn(2)
+    before, after = read_jsonl(tmp_path / "run" / "eval.jsonl")
+    assert (before["step"], after["step"]) == (0, 2)
+    assert before["eval_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    for name in ("eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins", "eval_kl"):
+        assert before[name] == pytest.approx(0, abs=1e-4), name
+        assert abs(after[name]) > 0.01, name
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_peft": True}, {"use_peft": True, "gradient_checkpointing": True}], ids=lambda f: "+".join(f)
+)
+def test_the_first_update_changes_what_is_trained(fields: dict[str, Any], folder: str) -> None:
+    """All weights; of an adapter B, which is 0 at first, so that A has no gradient yet; and nothing else."""
+    trainer: Any = rlkit.DPO(folder, train_dataset=PAIRS, **SGD, **fields)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.learn(1)
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if not fields or ".lora_B." in name}
+
+
+def test_the_reference_of_a_trained_adapter_is_that_adapter(folder: str, rows: str, tmp_path: Path) -> None:
+    """Where training goes on with an adapter it starts from, the reference has it, too: not silently the base model."""
+    fields = {**SGD, "optim": "adamw", "learning_rate": 1e-2}
+    first: Any = rlkit.DPO(folder, train_dataset=rows, use_peft=True, lora_r=2, **fields)
+    start = str(first.learn(4).save(tmp_path / "adapter"))
+    second: Any = rlkit.DPO(start, train_dataset=rows, out=str(tmp_path / "run"), log_every=1, **fields)
+    assert second.identity["start"] == weights_hash(load_model(start))
+    second.learn(2)
+    assert second.log.history[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert abs(second.log.history[1]["rewards/margins"]) > 0.01
+    assert second.identity["reference"] == weights_hash(load_model(start)) != weights_hash(load_model(folder))
+    resumed: Any = rlkit.resume(tmp_path / "run")
+    assert reference_is_kept(resumed)
+
+
+def reference_is_kept(trainer: Any) -> bool:
+    """Whether the reference gives the log-probs in its column, and the policy, which was trained, others."""
+    columns = trainer.columns(trainer.units, torch.arange(len(trainer.units)))
+    with torch.no_grad(), trainer.reference() as model:
+        theirs = trainer.score(columns, model=model).logp
+    own = trainer.score(columns).logp
+    return bool((theirs - columns["ref_logp"]).abs().max() < 1e-4 < 1e-3 < (own - columns["ref_logp"]).abs().max())
+
+
+@pytest.mark.parametrize("given", ["model", "ref_model", "adapter"])
+def test_a_resumed_run_keeps_its_reference(given: str, folder: str, rows: str, tmp_path: Path) -> None:
+    """Never the policy as it is at resume, nor what has taken the place of the reference's files meanwhile."""
+    fields: dict[str, Any] = {**SGD, "learning_rate": 0.5, "use_peft": given == "adapter"}
+    if given == "ref_model":
+        fields["ref_model"] = saved_llama(tmp_path / "other", seed=1)
+    source = Path(fields.get("ref_model", folder))
+    run = tmp_path / "run"
+    rlkit.DPO(folder, train_dataset=rows, out=str(run), **fields).learn(3)
+    resumed: Any = rlkit.resume(run)
+    assert reference_is_kept(resumed)
+    saved_llama(source, seed=2)
+    resumed = rlkit.resume(run, allow_changes=True)
+    words = "the reference is not the one that the run began with .* restore the model's folder, or start a new run"
+    with pytest.raises(RlkitError, match=words), resumed.reference():
+        pass
+
+
+def test_the_reference_of_a_model_given_in_python_is_asked_for(tmp_path: Path) -> None:
+    dpo(out=str(tmp_path / "run")).learn(3)
+    resumed: Any = rlkit.resume(tmp_path / "run")
+    with pytest.raises(UserError, match="pass it again as `ref_model=`"), resumed.reference():
+        pass
+    resumed = rlkit.resume(tmp_path / "run", ref_model=tiny_llama(1)[0])
+    with pytest.raises(RlkitError, match="the reference is not the one"), resumed.reference():
+        pass
+    resumed = rlkit.resume(tmp_path / "run", ref_model=tiny_llama()[0])
+    assert reference_is_kept(resumed)
+
+
 def test_another_reference(folder: str, tmp_path: Path) -> None:
     """Given as a folder or as a model, it is the same, and not the start."""
     other = saved_llama(tmp_path / "other", seed=1)
@@ -159,21 +269,55 @@ def test_another_reference(folder: str, tmp_path: Path) -> None:
     assert by_folder.identity["reference"] == weights_hash(load_model(other)) != by_folder.identity["start"]
 
 
-def test_the_cache_serves_equal_models_only(
+CACHED: list[tuple[dict[str, Any], int]] = [  # fields, and how many of the six units are in the cache by then
+    ({}, 0),
+    ({}, 6),
+    ({"seed": 3, "beta": 0.1, "loss_type": ("ipo",), "learning_rate": 1e-3}, 6),
+    ({"model_seed": 1}, 0),
+    ({"batching": "plain"}, 0),
+    ({"max_length": 40}, 0),
+    ({"precision": "bf16"}, 0),
+    ({"logits_memory": 1}, 0),
+    ({"data": "chats"}, 0),
+    ({"data": "chats"}, 6),
+    ({"data": "chats", "chat_template": "mine"}, 0),
+    ({"bos": False}, 0),
+    ({"ref_model": "seed 1"}, 6),
+    ({"ref_model": "seed 2"}, 0),
+    ({}, 6),
+]
+
+
+def test_the_cache_serves_equal_models_and_rows_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """On disk without being asked to; runs and losses share what model, tokenizer, template, length, precision and
+    rows decide, and the numbers are those of a run without a cache.
+    """
     monkeypatch.setenv("RLKIT_CACHE", str(tmp_path / "cache"))
+    chats = [
+        {name: [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}] for name in row}
+        for row in PAIRS
+    ]
     found = []
-    for fields in ({}, {}, {"seed": 3, "beta": 0.1}, {"model_seed": 1}, {"batching": "plain"}, {"max_length": 40}):
-        trainer = dpo(**{"reference_cache": True, "per_device_train_batch_size": 6, **fields})
+    for given, _ in CACHED:
+        fields = {**SGD, "per_device_train_batch_size": 6, **given}
+        start, data = fields.pop("model_seed", 0), chats if fields.pop("data", "") == "chats" else PAIRS
+        fields["processing_class"] = byte_tokenizer(bos=fields.pop("bos", True))
+        if "chat_template" in fields:
+            fields["chat_template"] = CHAT_TEMPLATE.replace("bos_token", "bos_token ~ '!'")
+        if "ref_model" in fields:
+            fields["ref_model"] = tiny_llama(int(fields["ref_model"][-1]))[0]
+        del fields["reference_cache"]
+        trainer: Any = rlkit.DPO(tiny_llama(start)[0], train_dataset=data, **fields)
         trainer.learn(1)
         line = next(text for text in capsys.readouterr().err.splitlines() if text.startswith("reference"))
         found.append(int(line.split(": ")[1].split()[0]))
-        fresh = dpo(**{"per_device_train_batch_size": 6, **fields})
+        fresh: Any = rlkit.DPO(tiny_llama(start)[0], train_dataset=data, reference_cache=False, **fields)
         fresh.learn(1)
         capsys.readouterr()
         same(weights(trainer), weights(fresh), atol=0)
-    assert found == [0, 6, 6, 0, 0, 0]
+    assert found == [count for _, count in CACHED]
 
 
 def test_a_broken_cache_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,6 +475,111 @@ def test_rows_of_wrong_kinds(folder: str) -> None:
     assert "row 0: `chosen` equals `rejected`" in message(same_text)
     labels = [{"prompt": "p", "completion": f"c{i}", "label": True} for i in range(5)]
     assert "needs both labels; found 5 \N{MULTIPLICATION SIGN} true" in message(labels)
+
+
+PREFERENCES = [("2 + 2 =", " four", " 5 or so"), ("Name a colour.", " Blue, as the sea.", " Dog."), ("p", " a", " b")]
+LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "explicit": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PREFERENCES],
+    "shared prefix": [{"chosen": p + c, "rejected": p + r} for p, c, r in PREFERENCES],
+    "ranked": [{"prompt": p, "completions": [r, c], "scores": [-1, 2]} for p, c, r in PREFERENCES],
+    "labels": [
+        {"prompt": p, "completion": text, "label": label}
+        for p, c, r in PREFERENCES
+        for text, label in ((c, True), (r, False))
+    ],
+    "responses": [
+        {"question": p, "responses": [{"text": c, "score": 9}, {"text": r, "score": 1}]} for p, c, r in PREFERENCES
+    ],
+    "numbered": [{"instruction": p, "output_1": r, "output_2": c, "preference": 2} for p, c, r in PREFERENCES],
+}
+
+
+def turn(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "explicit": [
+        {"prompt": turn("user", p), "chosen": turn("assistant", c), "rejected": turn("assistant", r)}
+        for p, c, r in PREFERENCES
+    ],
+    "shared turns": [
+        {"chosen": turn("user", p) + turn("assistant", c), "rejected": turn("user", p) + turn("assistant", r)}
+        for p, c, r in PREFERENCES
+    ],
+    "ranked": [
+        {"prompt": turn("user", p), "completions": [turn("assistant", r), turn("assistant", c)], "scores": [-1, 2]}
+        for p, c, r in PREFERENCES
+    ],
+    "labels": [
+        {"prompt": turn("user", p), "completion": turn("assistant", text), "label": label}
+        for p, c, r in PREFERENCES
+        for text, label in ((c, True), (r, False))
+    ],
+    "text beside conversations": [
+        {
+            "prompt": p,
+            "chosen": turn("user", p) + turn("assistant", c),
+            "rejected": turn("user", p) + turn("assistant", r),
+        }
+        for p, c, r in PREFERENCES
+    ],
+}
+
+
+@pytest.mark.parametrize(("layouts", "marks"), [(LAYOUTS, "{}{}"), (CHATS, "<|user|>{}<eos><|assistant|>{}")])
+def test_every_layout_of_a_preference_gives_the_same_pairs(layouts: dict[str, Any], marks: str) -> None:
+    """The text of each side with one BOS in front and one EOS behind, which is trained with the completion."""
+    model, tokenizer = tiny_llama()
+    for layout, data in layouts.items():
+        trainer: Any = rlkit.DPO(model, train_dataset=data, processing_class=tokenizer, **SGD)
+        seen = []
+        for side in ("chosen", "rejected"):
+            one = trainer.completions.rows(trainer.units[side])
+            for i, length in enumerate(one["tokens_length"].tolist()):
+                tokens, mask = one["tokens"][i, :length], one["mask"][i, :length]
+                seen.append((side, tokenizer.decode(tokens), tokenizer.decode(tokens[mask])))
+        assert sorted(seen) == sorted(
+            (side, f"<bos>{marks.format(p, text)}<eos>", f"{text}<eos>")
+            for p, c, r in PREFERENCES
+            for side, text in (("chosen", c), ("rejected", r))
+        ), layout
+
+
+def test_a_misread_ten_of_ultrafeedback_is_not_chosen() -> None:
+    """An `overall_score` of 10 whose aspects say 1 counts as 1, so the other one is preferred; and it is said."""
+    model, tokenizer = tiny_llama()
+    low = {name: {"Rating": "1"} for name in ("helpfulness", "honesty", "instruction_following", "truthfulness")}
+    row = {
+        "instruction": "p",
+        "completions": [
+            {"response": "bad", "overall_score": 10, "annotations": low},
+            {"response": "good", "overall_score": 6},
+        ],
+    }
+    trainer: Any = rlkit.DPO(model, train_dataset=[row], processing_class=tokenizer, **SGD)
+    one = trainer.completions.rows(trainer.units["chosen"])
+    assert tokenizer.decode(one["tokens"][0]) == "<bos>pgood<eos>"
+    assert "1 \N{MULTIPLICATION SIGN} `overall_score` 10 where the aspects' mean is at most 2: taken as 1" in (
+        trainer.describe()
+    )
+
+
+def test_a_pair_that_truncation_empties_is_not_trained_on(folder: str) -> None:
+    """Limit 8 with its BOS: prompts of 7 bytes leave nothing, of 6 one token; which is counted, with what would do."""
+    data = [{"prompt": "p" * n, "chosen": "yes", "rejected": "no"} for n in (3, 6, 7, 20)]
+    trainer: Any = rlkit.DPO(folder, train_dataset=data, max_length=8, **SGD)
+    rows = trainer.completions.rows(torch.cat([trainer.units["chosen"], trainer.units["rejected"]]))
+    assert len(trainer.units) == 2
+    assert rows["trained"].tolist() == [4, 1, 3, 1]
+    said = trainer.describe()
+    assert (
+        "4 of 8 completions: nothing trained is left and the row is not used at max_length=8; 64 holds 99 % of" in said
+    )
+    assert "2 of 8 completions: the completion is cut at max_length=8; 64 holds" in said
+    trainer.learn(2)
+    whole: Any = rlkit.DPO(folder, train_dataset=data[:2], max_length=8, **SGD).learn(2)
+    same(weights(trainer), weights(whole), atol=0)
 
 
 def test_held_out_prompts_are_not_trained_on(folder: str) -> None:

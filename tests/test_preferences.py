@@ -741,7 +741,7 @@ def test_a_bad_row_names_its_line(tmp_path: Path) -> None:
         ("a.jsonl", b'[{"prompt": "x"}]', "row 0 (line 1) is a list, expected an object"),
         ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl line 1: cannot be read (RecursionError)"),
         ("a.jsonl", b"", "no rows"),
-        ("a.json", b"", "expected a list of objects"),
+        ("a.json", b"", "a.json: no rows; expected one or more with prompt, chosen, rejected"),
         ("a.json", b"[]", "no rows"),
         ("a.json", b'[\n{"prompt": "x"},\n{"prompt": }]', "a.json line 3: not JSON"),
         ("a.json", b'[\n{"prompt": "x"}\n{"prompt": "y"}]', "a.json line 3: not JSON"),

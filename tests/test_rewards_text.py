@@ -414,6 +414,7 @@ def test_a_function_that_ends_its_thread() -> None:
         ([1.0, math.nan, 2.0, 3.0], "reward `fn_2` returned nan for row 1; rewards must be finite"),
         ([1.0, 2.0, 3.0, -math.inf], "reward `fn_2` returned -inf for row 3; rewards must be finite"),
         (["a", 2.0, 3.0, 4.0], "reward `fn_2` returned something that is no number: ['a', 2.0, 3.0, 4.0]"),
+        ([1.0, "2", 3.0, 4.0], "reward `fn_2` returned something that is no number: [1.0, '2', 3.0, 4.0]"),
         (None, "reward `fn_2` returned None; expected a list of 4 numbers"),
     ],
 )
@@ -648,7 +649,9 @@ def test_models_that_are_no_reward_models(tmp_path: Path) -> None:
     assert found == f"{tmp_path / 'language'} is no trained reward model: it lacks score.weight"
     (tmp_path / "empty").mkdir()
     found = message(lambda: TextRewards(str(tmp_path / "empty")))
-    assert found.startswith(f"cannot load the reward model {tmp_path / 'empty'}: ")
+    assert found == (
+        f"`reward`: cannot load {tmp_path / 'empty'}: it holds no weights (*.safetensors); copy the folder again"
+    )
 
 
 def test_what_a_reward_model_cannot_score() -> None:

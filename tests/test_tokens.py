@@ -407,7 +407,7 @@ def test_a_template_without_end_token_gets_eos_once() -> None:
     assert row.tokens.tolist() == [*ids("user: a\nassistant: b\n"), EOS]
     assert trained(row) == [*ids("b\n"), EOS]
     assert encoder.report.end_appended == 1
-    assert any("1 of 1 rows: the chat template writes no end token" in line for line in encoder.report.lines())
+    assert any("1 of 1 completions: the chat template writes no end token" in line for line in encoder.report.lines())
     assert encoder.end_ids() == (EOS,)
 
 
@@ -542,7 +542,9 @@ def test_a_prompt_as_long_as_max_length_leaves_nothing() -> None:
     assert (report.emptied, report.truncated_completions, report.truncated_prompts) == (2, 1, 1)
     assert report.suggested_max_length() == 128  # 1 + 99 + 1 + 1 tokens, in multiples of 64
     assert report.suggested_max_length(0.5) == 64
-    assert any("2 of 3 rows: nothing trained is left" in line and "128 all of them" in line for line in report.lines())
+    last = report.lines()[-1]
+    assert "2 of 3 completions: nothing trained is left" in last
+    assert "128 all of them" in last
 
 
 def test_keep_end_cuts_the_prompt_alike_for_all_its_completions() -> None:

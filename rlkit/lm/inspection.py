@@ -46,12 +46,14 @@ def inspect(
     )
     if tokenizer is None:
         yield "tokens below are bytes; `--tokenizer FOLDER` counts those of a model"
-    flat = [(record.prompt, completion) for record in data.records for completion in record.completions]
+    flat = [(record.prompt, completion, record.row) for record in data.records for completion in record.completions]
     if not flat:
-        lengths = sorted(len(ids) for ids in encoder.prompt([record.prompt for record in data.records]))
+        prompts, numbers = [record.prompt for record in data.records], [record.row for record in data.records]
+        lengths = sorted(len(ids) for ids in encoder.prompt(prompts, numbers=numbers, source=data.name))
         yield f"tokens of a prompt: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
         return
-    encoded = encoder.completions([prompt for prompt, _ in flat], [completion for _, completion in flat])
+    prompts, completions, numbers = (list(part) for part in zip(*flat, strict=True))
+    encoded = encoder.completions(prompts, completions, numbers=numbers, source=data.name)
     yield from encoder.report.lines()
     rows = iter(encoded)
     for record in data.records[:examples]:

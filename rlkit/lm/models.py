@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rlkit.errors import CheckpointError, UserError, did_you_mean
@@ -31,42 +32,72 @@ ADAPTER = "default"  # peft's name of a model's first adapter
 ADAPTER_SETS = ("target_modules", "exclude_modules", "modules_to_save")  # which peft writes in the order of a hash
 
 
-def load_model(source: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_model(source: str, *, attn_implementation: str | None = None, what: str = "model") -> PreTrainedModel:
     """The causal language model in a folder, or under a hub name, in float32 and in evaluation mode.
 
     A folder with an adapter gives the base model with that adapter, trainable.
 
+    Args:
+        what: the field that names it, for messages.
+
     Raises:
-        UserError: nothing there, no safetensors, or no causal language model.
+        UserError: nothing there, no safetensors, damaged, lacking or non-finite weights, or no causal language model.
     """
-    _check_place("model", source)
     from transformers import AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if (Path(source) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
-        return _tried(
-            source, AutoPeftModelForCausalLM.from_pretrained, is_trainable=True, dtype=torch.float32, **kwargs
-        )
-    return _tried(source, AutoModelForCausalLM.from_pretrained, use_safetensors=True, dtype=torch.float32, **kwargs)
+    folder = _folder(what, source, "adapter_config.json", "config.json")
+    if folder is not None and (folder / "adapter_config.json").exists():
+        return _adapted(folder, what, attn_implementation)
+    return _weights(what, source, AutoModelForCausalLM, kwargs)
 
 
-def load_classifier(source: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_classifier(source: str, *, attn_implementation: str | None = None, what: str = "model") -> PreTrainedModel:
     """A sequence classifier with one label; of a causal language model, its body with a new head.
 
     Raises:
         UserError: as `load_model`, or the classifier there has several labels.
     """
-    _check_place("model", source)
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    config = _tried(source, AutoConfig.from_pretrained)
-    if any("Classification" in name for name in config.architectures or ()) and config.num_labels != 1:
-        raise UserError(f"`model`: {source} is a classifier with {config.num_labels} labels; a reward model has one")
+    _folder(what, source, "config.json")
+    config = _tried(what, source, AutoConfig.from_pretrained)
+    classifies = any("Classification" in name for name in config.architectures or ())
+    if classifies and config.num_labels != 1:
+        raise UserError(f"`{what}`: {source} is a classifier with {config.num_labels} labels; a reward model has one")
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    kwargs |= {"num_labels": 1, "use_safetensors": True, "dtype": torch.float32}
-    return _tried(source, AutoModelForSequenceClassification.from_pretrained, **kwargs)
+    return _weights(
+        what, source, AutoModelForSequenceClassification, {**kwargs, "num_labels": 1}, new_head=not classifies
+    )
+
+
+def _adapted(folder: Path, what: str, attn_implementation: str | None) -> PreTrainedModel:
+    """The base model that an adapter's folder names, with that adapter, trainable."""
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    check_files(what, folder)
+    config = _tried(what, str(folder), PeftConfig.from_pretrained, trusts=False)
+    base = config.base_model_name_or_path
+    if not base:
+        raise UserError(
+            f"`{what}`: adapter_config.json of {folder} names no base model (`base_model_name_or_path`); name it there"
+        )
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise UserError(f"`{what}`: the adapter in {folder} is for {config.task_type}; expected one for CAUSAL_LM")
+    model: Any = load_model(str(base), attn_implementation=attn_implementation, what=what)
+    if any((folder / name).exists() for name in _TOKENIZERS):  # tokens that were added for the adapter
+        size, rows = len(load_tokenizer(str(folder))), model.get_input_embeddings().weight.shape[0]
+        if size > rows:
+            model.resize_token_embeddings(size)
+
+    def load(place: str) -> Any:
+        with warnings.catch_warnings():  # weights that the file lacks
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModelForCausalLM.from_pretrained(model, place, is_trainable=True)
+
+    adapted: Any = _tried(what, str(folder), load, trusts=False)
+    check_finite(what, str(folder), adapted)
+    return adapted
 
 
 def classifier_of(model: nn.Module) -> PreTrainedModel:
@@ -93,34 +124,193 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, or under a hub name.
 
     Raises:
-        UserError: nothing there.
+        UserError: nothing there, or something that is no tokenizer.
     """
-    _check_place("tokenizer", source)
     from transformers import AutoTokenizer
 
-    return _tried(source, AutoTokenizer.from_pretrained)
+    folder = _folder("tokenizer", source)
+    if folder is not None and not any((folder / name).exists() for name in _TOKENIZERS):
+        raise UserError(
+            f"`tokenizer`: {source} holds no tokenizer (tokenizer.json or the like); name the folder of the one that "
+            "the model was trained with, `--tokenizer FOLDER`"
+        )
+    tokenizer: PreTrainedTokenizerBase = _tried("tokenizer", source, AutoTokenizer.from_pretrained)
+    return tokenizer
 
 
-def _check_place(what: str, source: str) -> None:
-    """Say that a path does not exist before it is taken for a hub name."""
-    path = Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
-    if looks_local and not path.exists():
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"`{what}`: there is no {source}{did_you_mean(path.name, near) if near else ''}")
+def check_fits(model: nn.Module, what: str, highest: int, longest: int) -> None:
+    """See that a model can take token rows.
+
+    Args:
+        what: the field that the model came from, for the message.
+        highest: the largest token id of the rows.
+        longest: tokens of the longest row.
+
+    Raises:
+        UserError: an id beyond the model's vocabulary, or a row longer than its positions.
+    """
+    config: Any = unwrapped(model).config.get_text_config()
+    rows = unwrapped(model).get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise UserError(
+            f"`{what}`: the tokenizer makes token {highest} of the data, and the model has {rows} (0 to {rows - 1}): "
+            "tokenizer and model do not belong together; name the right one, `--tokenizer FOLDER`"
+            + (f", or another `--{what}`" if what != "model" else "")
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise UserError(
+            f"`{what}`: the longest row has {longest} tokens, the model {positions} positions; cut rows with "
+            f"`--max_length {positions}`, or take a model with more"
+        )
 
 
-def _tried(source: str, load: Any, **kwargs: Any) -> Any:
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.json", "vocab.txt", "tekken.json",
+)  # fmt: skip
+"""Files of which a tokenizer's folder has at least one."""
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def _folder(what: str, source: str, *needs: str) -> Path | None:
+    """The local folder that a name stands for; None for a name on the hub.
+
+    Args:
+        needs: files of which the folder has to have one.
+
+    Raises:
+        UserError: a path that does not exist, or a folder without these files.
+    """
+    path = _path(source)
+    if path.is_file():
+        raise UserError(f"`{what}`: {source} is a file; expected a folder that `save_pretrained` wrote")
+    if path.is_dir():
+        if needs and not any((path / name).exists() for name in needs):
+            raise UserError(
+                f"`{what}`: cannot load {source}: it has no {needs[-1]}; expected a folder that `save_pretrained` wrote"
+            )
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
+        raise UserError(f"`{what}`: there is no {source}{did_you_mean(path.name, _folders(path.parent))}")
+    return None
+
+
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # the home of somebody unknown
+        return Path(source)
+
+
+def _folders(place: Path) -> list[str]:
+    return [p.name for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
+
+
+def check_files(what: str, folder: Path) -> None:
+    """See that a local folder's weights are safetensors, and whole.
+
+    Raises:
+        UserError: pickled weights only, none at all, or a damaged file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+        if pickled:
+            raise UserError(
+                f"`{what}`: cannot load {folder}: refused: {pickled[0]} is a pickle, and a pickle can run code; "
+                "expected *.safetensors. Where you trust it, convert it in Python with transformers: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            )
+        raise UserError(f"`{what}`: cannot load {folder}: it holds no weights (*.safetensors); copy the folder again")
+    for path in files:
+        try:
+            with safe_open(path, "pt"):  # reads the header, and compares the file's size with it
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"`{what}`: {path} is damaged or incomplete ({error}); copy or download it again"
+            ) from error
+
+
+def _weights(what: str, source: str, auto: Any, kwargs: Mapping[str, Any], *, new_head: bool = False) -> Any:
+    """A model of the class `auto`, all of whose weights come from its files.
+
+    Args:
+        new_head: what is not in the model's body, and its pooler, may be absent and is then drawn at random.
+
+    Raises:
+        UserError: it cannot be loaded, or weights are absent, of another shape, or not finite.
+    """
+    folder = _folder(what, source, "config.json")
+    if folder is not None:
+        check_files(what, folder)
+    model, report = _tried(
+        what,
+        source,
+        auto.from_pretrained,
+        **kwargs,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # said below, and with names
+    )
+    other = sorted(report["mismatched_keys"])
+    if other:
+        name, found, expected = other[0]
+        raise UserError(
+            f"`{what}`: cannot load {source}: {name} is {tuple(found)}, config.json makes it {tuple(expected)}; "
+            "weights and configuration do not belong together, so copy the folder again"
+        )
+    body = f"{model.base_model_prefix}."
+    missing = sorted(
+        name for name in report["missing_keys"] if not new_head or (name.startswith(body) and ".pooler." not in name)
+    )
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(f"`{what}`: cannot load {source}: its files lack {shown}; copy or download it again")
+    check_finite(what, source, model)
+    return model
+
+
+def check_finite(what: str, source: str, model: nn.Module) -> None:
+    """See that every weight is a number.
+
+    Raises:
+        UserError: one is NaN or infinite.
+    """
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"`{what}`: {source}: `{name}` holds NaN or infinity, so training it leads nowhere; take an earlier "
+                "checkpoint"
+            )
+
+
+def _tried(what: str, source: str, load: Any, *, trusts: bool = True, **kwargs: Any) -> Any:
+    """What `load` makes of a folder or a hub name; it never runs code of a repository, nor asks whether to.
+
+    Args:
+        trusts: whether `load` has the option to.
+
+    Raises:
+        UserError: it failed, whatever the library or the file's parser raised.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if trusts:
+        kwargs["trust_remote_code"] = False
+    path = _path(source)
     try:
-        return load(str(Path(source).expanduser()) if Path(source).expanduser().exists() else source, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+        return load(str(path) if path.exists() else source, **kwargs)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        near = did_you_mean(source, _folders(Path()))
+        where = "" if path.exists() else f" (no folder here{near if 'did you mean' in near else ''})"
         raise UserError(
-            f"cannot load {source}: {reason}; expected a folder that `save_pretrained` wrote, or a name on the hub "
-            "(weights as safetensors)"
+            f"`{what}`: cannot load {source}{where}: {reason}; expected a folder that `save_pretrained` wrote, or a "
+            "name on the hub (weights as safetensors)"
         ) from error
 
 

@@ -127,7 +127,7 @@ def pairs_of(data: TextData, strategy: Strategy = "best_vs_worst", margin: float
       of its rows'.
 
     Raises:
-        UserError: a kind without preferences, one label only, or nothing left.
+        UserError: a kind without preferences, one label only, weights that are all 0, or nothing left.
     """
     _check(strategy, margin)
     if data.kind == "pairs":
@@ -146,7 +146,15 @@ def pairs_of(data: TextData, strategy: Strategy = "best_vs_worst", margin: float
             "`prompt, completions[], scores[]` or `prompt, completion, label` (name other columns with `--map`)"
         )
     if not found:
-        raise UserError(f"{data.name}: no pairs; in {len(data.records):,} records no gap is above {margin:g}")
+        raise UserError(
+            f"{data.name}: no pairs; in {len(data.records):,} records no gap is above {margin:g}: pairs need "
+            "completions of different scores" + (" (or a smaller `pairing_margin`)" if margin else "")
+        )
+    if not any(pair.weight for pair in found):
+        raise UserError(
+            f"{data.name}: the `weight` of all {len(found):,} pairs is 0, so nothing would be learned; give positive "
+            "ones, or none"
+        )
     return found
 
 
@@ -182,7 +190,7 @@ def _grouped(data: TextData, strategy: Strategy, margin: float) -> list[Pair]:
     if not out:
         raise UserError(
             f"{data.name}: no pairs; none of {len(groups):,} prompts has completions of both labels"
-            f"{f' with a gap above {margin:g}' if margin else ''}"
+            f"{f' with a gap above {margin:g}' if margin else ''}; a pair needs one true and one false of a prompt"
         )
     return out
 

@@ -135,22 +135,22 @@ class EncodingReport:
             f"{self.suggested_max_length()} all of them"
         )
         facts = [
-            (self.emptied, f"nothing trained is left and the row is not used at {held}"),
             (self.truncated_completions, f"the completion is cut at {held}"),
             (self.truncated_prompts, f"the prompt is longer than max_length={self.max_length} or was cut to fit it"),
             (self.end_appended, "the chat template writes no end token, so EOS was appended"),
             (self.start_added, "the prompt is empty and the tokenizer adds no BOS, so a start token was put before"),
             (self.merged, "tokens merge across the end of the prompt (`boundary`)"),
             (self.special_text, "the completion contains the text of a special token, which becomes that token"),
+            (self.emptied, f"nothing trained is left and the row is not used at {held}"),  # the gravest comes last
         ]
-        return out + [f"{n:,} of {self.rows:,} rows: {text}" for n, text in facts if n]
+        return out + [f"{n:,} of {self.rows:,} completions: {text}" for n, text in facts if n]
 
 
 @dataclass(slots=True)
 class _Row:
-    """A row on its way: its number for messages, what it is made of, and what has become of it."""
+    """A row on its way: what messages call it, what it is made of, and what has become of it."""
 
-    number: int
+    place: str
     prompt: Conversation
     completion: Conversation
     kwargs: Kwargs
@@ -235,6 +235,8 @@ class Encoder:
         *,
         template_kwargs: Sequence[Kwargs | None] | None = None,
         first_row: int = 0,
+        numbers: Sequence[int] | None = None,
+        source: str = "",
     ) -> list[np.ndarray]:
         """Prompts to generate from: (L,) int32 each, conversations with their generation prompt, nothing truncated.
 
@@ -243,12 +245,12 @@ class Encoder:
         Args:
             prompts: texts or conversations.
             template_kwargs: one mapping a prompt, added to `chat_template_kwargs` (such as `{"tools": [...]}`).
-            first_row: number of the first prompt in messages.
+            first_row, numbers, source: as in `completions`.
 
         Raises:
             UserError: no chat template, one that fails, a malformed conversation, two BOS tokens.
         """
-        rows = self._rows(prompts, None, template_kwargs, first_row)
+        rows = self._rows(prompts, None, template_kwargs, first_row, numbers, source)
         encoded = self._prompts(rows)
         for row in rows:
             row.tokens = encoded[row.group]
@@ -263,6 +265,8 @@ class Encoder:
         *,
         template_kwargs: Sequence[Kwargs | None] | None = None,
         first_row: int = 0,
+        numbers: Sequence[int] | None = None,
+        source: str = "",
     ) -> list[Encoded | None]:
         """One row for each completion; `prompts[i]` is the prompt of `completions[i]`, and both are of one type.
 
@@ -273,6 +277,8 @@ class Encoder:
             prompts, completions: texts or conversations.
             template_kwargs: one mapping a row, added to `chat_template_kwargs` (such as `{"tools": [...]}`).
             first_row: number of the first row in messages.
+            numbers: of each row in messages, where completions of one row follow each other or rows are left out.
+            source: what the rows are of, for messages.
 
         Returns:
             Rows in the order given; None where truncation leaves nothing to train (see `report`).
@@ -286,7 +292,7 @@ class Encoder:
             raise UserError(
                 f"{len(prompts)} prompts for {len(completions)} completions; expected one prompt a completion"
             )
-        rows = self._rows(prompts, completions, template_kwargs, first_row)
+        rows = self._rows(prompts, completions, template_kwargs, first_row, numbers, source)
         starts = self._tokenise(rows)
         if self.completion_only:
             self._place_boundaries(rows, starts)
@@ -348,27 +354,34 @@ class Encoder:
         completions: Sequence[Conversation] | None,
         template_kwargs: Sequence[Kwargs | None] | None,
         first_row: int,
+        numbers: Sequence[int] | None,
+        source: str,
     ) -> list[_Row]:
+        if numbers is not None and len(numbers) != len(prompts):
+            raise UserError(f"{len(numbers)} `numbers` for {len(prompts)} rows; expected one a row")
         if template_kwargs is not None and len(template_kwargs) != len(prompts):
             raise UserError(f"{len(template_kwargs)} `template_kwargs` for {len(prompts)} rows; expected one a row")
         rows = []
         for i, raw in enumerate(prompts):
-            number = first_row + i
-            prompt = _checked(raw, number, "prompt")
-            completion = _checked(completions[i], number, "completion") if completions is not None else type(prompt)()
+            place = f"{source}{': ' if source else ''}row {first_row + i if numbers is None else numbers[i]}"
+            prompt = _checked(raw, place, "prompt")
+            completion = _checked(completions[i], place, "completion") if completions is not None else type(prompt)()
             if isinstance(prompt, str) != isinstance(completion, str):
                 kinds = ["text" if isinstance(x, str) else "messages" for x in (prompt, completion)]
-                raise UserError(f"row {number}: the prompt is {kinds[0]} and the completion {kinds[1]}; use one type")
+                raise UserError(f"{place}: the prompt is {kinds[0]} and the completion {kinds[1]}; use one type")
             kwargs = {**self.chat_template_kwargs, **((template_kwargs[i] if template_kwargs else None) or {})}
             if isinstance(kwargs.get("tools"), str):  # as files hold them
                 kwargs["tools"] = json.loads(kwargs["tools"])
             group = f"text {prompt}" if isinstance(prompt, str) else _key([prompt, kwargs])
-            rows.append(_Row(number, prompt, completion, kwargs, group))
+            rows.append(_Row(place, prompt, completion, kwargs, group))
         return rows
 
     def _prompts(self, rows: list[_Row]) -> dict[str, np.ndarray]:
         """Tokens of each distinct prompt, by its group."""
-        distinct = list({row.group: row for row in rows}.values())
+        first: dict[str, _Row] = {}
+        for row in rows:
+            first.setdefault(row.group, row)
+        distinct = list(first.values())
         texts = [row for row in distinct if not row.chat]
         out = dict(zip((r.group for r in texts), self._ids([str(r.prompt) for r in texts], texts), strict=True))
         for row in texts:
@@ -446,7 +459,7 @@ class Encoder:
                     characters = set(text if split or not self._special_texts else self._special_texts.sub("", text))
                     unknown = sorted(character for character in characters if _failure(call, character) is not None)
                     why = f"it has no token for {', '.join(map(repr, unknown))}" if unknown else str(error)
-                    raise UserError(f"row {row.number}: the tokenizer refused the text: {why}") from error
+                    raise UserError(f"{row.place}: the tokenizer refused the text: {why}") from error
             raise
         tokens = [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
         return list(zip(tokens, encoded["offset_mapping"], strict=True)) if offsets else tokens
@@ -511,7 +524,7 @@ class Encoder:
                     try:
                         results += function([chats[i][1]], kwargs)
                     except Exception as error:  # whatever a template's author raises
-                        raise UserError(f"row {chats[i][0].number}: the chat template failed: {error}") from error
+                        raise UserError(f"{chats[i][0].place}: the chat template failed: {error}") from error
             for i, result in zip(members, results, strict=True):
                 out[i] = result
         return out
@@ -546,7 +559,7 @@ class Encoder:
             return
         if self.boundary == "error":
             row = apart[0]
-            raise self._parted(row, starts[row.group], row.tokens, len(apart), len(rows))
+            raise self._parted(row, starts[row.group], row.tokens, apart, rows)
         self.report.merged += len(apart)
         if self.boundary == "split":
             for row in apart:
@@ -557,11 +570,14 @@ class Encoder:
             row.prompt_length = shortest[row.group]
             if not row.prompt_length:
                 raise UserError(
-                    f"row {row.number}: prompt and prompt + completion have no token in common, so no context is left; "
+                    f"{row.place}: prompt and prompt + completion have no token in common, so no context is left; "
                     "boundary='split' keeps the prompt's tokens"
                 )
 
-    def _parted(self, row: _Row, prompt: np.ndarray, whole: np.ndarray, count: int, rows: int) -> UserError:
+    def _parted(
+        self, row: _Row, prompt: np.ndarray, whole: np.ndarray, apart: Sequence[_Row], rows: Sequence[_Row]
+    ) -> UserError:
+        count, total = (len({each.place for each in some}) for some in (apart, rows))
         if row.chat:
             cause = "the chat template renders the prompt differently once a reply follows"
             advice = (
@@ -571,8 +587,8 @@ class Encoder:
         else:
             cause, advice = "tokens merge across the end of the prompt", "end the prompts with a newline"
         return UserError(
-            f"row {row.number}: the tokens of the prompt are not the beginning of the tokens of prompt + completion "
-            f"({count:,} of {rows:,} rows): {cause}.{self._tails(prompt, whole)}\n"
+            f"{row.place}: the tokens of the prompt are not the beginning of the tokens of prompt + completion "
+            f"({count:,} of {total:,} rows): {cause}.{self._tails(prompt, whole)}\n"
             f"Either {advice}; or set boundary='split', which tokenises the completion apart in these rows, so that "
             "the model sees the tokens it sees when it generates; or boundary='common', which lets the completion "
             "begin where they part (as TRL does)."
@@ -613,7 +629,7 @@ class Encoder:
                 if self._decode(tokens) == expected:
                     return tokens
         raise UserError(
-            f"row {row.number}: boundary='split' cannot continue the prompt to the text of prompt + completion."
+            f"{row.place}: boundary='split' cannot continue the prompt to the text of prompt + completion."
             f"{self._tails(start, row.tokens)}"
         )
 
@@ -629,7 +645,7 @@ class Encoder:
         by_turn = []
         for row in rows:
             if not row.chat and self.assistant_only:
-                raise UserError(f"row {row.number}: `assistant_only` needs conversations, and this row is text")
+                raise UserError(f"{row.place}: `assistant_only` needs conversations, and this row is text")
             if row.chat and self._is_by_turn(row):
                 by_turn.append(row)
             else:
@@ -641,7 +657,7 @@ class Encoder:
                 row.runs = [(max(a, row.prompt_length), b) for a, b in row.runs if b > row.prompt_length]
             if not row.runs:
                 raise UserError(
-                    f"row {row.number}: no turn of the assistant to train on"
+                    f"{row.place}: no turn of the assistant to train on"
                     + (" (does the chat template mark it with {% generation %}?)" if self._marks_turns else "")
                 )
 
@@ -698,12 +714,12 @@ class Encoder:
         ]
         if apart and self.boundary != "common":
             row, start = apart[0]
-            raise self._parted(row, start, row.tokens, len({r.number for r, _ in apart}), len(rows))
+            raise self._parted(row, start, row.tokens, [r for r, _ in apart], rows)
         for (row, messages), start, upto in zip(after, starts, ends, strict=True):
             a, b = _common(start, row.tokens), _common(upto, row.tokens)
             if b <= a or not all(self._is_mark(t) or self._is_blank(t) for t in upto[b:].tolist()):
                 raise UserError(
-                    f"row {row.number}: the chat template renders message {len(messages) - 1} (assistant) differently "
+                    f"{row.place}: the chat template renders message {len(messages) - 1} (assistant) differently "
                     "once others follow, so what to train on is unclear; use a template with {% generation %} blocks "
                     "(`--chat_template FILE`), or train on the last turn only"
                 )
@@ -792,7 +808,7 @@ class Encoder:
                 if row.chat
                 else "the text begins with it and the tokenizer adds one; take it out of the text"
             )
-            raise UserError(f"row {row.number} starts with two BOS tokens ({self.tokenizer.bos_token!r}): {cause}")
+            raise UserError(f"{row.place} starts with two BOS tokens ({self.tokenizer.bos_token!r}): {cause}")
 
     # ---------------------------------------------------------------- the tokenizer's vocabulary
 
@@ -871,7 +887,7 @@ def _failure(call: Callable[[list[str]], Any], text: str) -> Exception | None:
     return None
 
 
-def _checked(value: Any, row: int, name: str) -> Conversation:
+def _checked(value: Any, place: str, name: str) -> Conversation:
     """A text, or a list of messages without the keys that are None.
 
     Raises:
@@ -881,16 +897,16 @@ def _checked(value: Any, row: int, name: str) -> Conversation:
         return value
     if not isinstance(value, Sequence) or not value:
         kind = "an empty list" if isinstance(value, Sequence) else type(value).__name__
-        raise UserError(f"row {row}: the {name} is {kind}, expected text or messages [{{role, content}}]")
+        raise UserError(f"{place}: the {name} is {kind}, expected text or messages [{{role, content}}]")
     messages = []
     for i, message in enumerate(value):
         if not isinstance(message, Mapping):
             raise UserError(
-                f"row {row}: message {i} of the {name} is {type(message).__name__}, expected {{role, content}}"
+                f"{place}: message {i} of the {name} is {type(message).__name__}, expected {{role, content}}"
             )
         present = {k: v for k, v in message.items() if v is not None}
         if not isinstance(present.get("role"), str) or not ("content" in present or "tool_calls" in present):
-            raise UserError(f"row {row}: message {i} of the {name} has {', '.join(present)}, expected role and content")
+            raise UserError(f"{place}: message {i} of the {name} has {', '.join(present)}, expected role and content")
         messages.append(present)
     return messages
 

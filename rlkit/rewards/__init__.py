@@ -49,6 +49,8 @@ def call(module: RewardModule, columns: Mapping[str, Any], n: int) -> np.ndarray
         raise UserError(f"reward `{name}` returned {len(values)}, expected {n} (one value a row)")
     absent = [value is None for value in values]
     try:
+        if any(isinstance(value, str | bytes) for value in values):  # which `float` would read
+            raise ValueError
         numbers = np.array([math.nan if a else float(v) for v, a in zip(values, absent, strict=True)])
     except (TypeError, ValueError):
         raise UserError(f"reward `{name}` returned something that is no number: {values!r}") from None

@@ -407,20 +407,31 @@ def _load(source: str, tokenizer: Any) -> tuple[Any, Any]:
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    place = str(Path(source).expanduser())
+    from rlkit.lm import models
+
+    path = Path(source).expanduser()
+    place = str(path) if path.exists() else source
+    if path.is_dir():
+        models.check_files("reward", path)
+    safe = {"trust_remote_code": False}
     try:
-        _one_label(AutoConfig.from_pretrained(place), source)
+        _one_label(AutoConfig.from_pretrained(place, **safe), source)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            place, use_safetensors=True, output_loading_info=True
+            place, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
         )
+        if report["mismatched_keys"]:
+            name = min(name for name, *_ in report["mismatched_keys"])
+            raise UserError(f"{source}: {name} has another shape than config.json makes it; copy the folder again")
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"]))
             raise UserError(f"{source} is no trained reward model: it lacks {missing}")
-        return model, AutoTokenizer.from_pretrained(place) if tokenizer is None else tokenizer
+        models.check_finite("reward", source, model)
+        return model, AutoTokenizer.from_pretrained(place, **safe) if tokenizer is None else tokenizer
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the reward model {source}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever the library or the parser of a file raised
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"cannot load the reward model {source}: {reason}") from error
 
 
 def _one_label(config: Any, source: str) -> None:
