@@ -8,11 +8,12 @@ folder that `transformers` loads: `model.safetensors` under the model's own name
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,30 +43,128 @@ def load_model(source: str, *, attn_implementation: str | None = None) -> PreTra
     from transformers import AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if (Path(source) / "adapter_config.json").exists():
+    kwargs |= {"use_safetensors": True, "dtype": torch.float32}
+    if is_adapter_folder(source):
         from peft import AutoPeftModelForCausalLM
 
-        return _tried(
-            source, AutoPeftModelForCausalLM.from_pretrained, is_trainable=True, dtype=torch.float32, **kwargs
+        _refuse_pickled_adapter(source)
+        return _tried(source, AutoPeftModelForCausalLM.from_pretrained, is_trainable=True, **kwargs)
+    model, report = _tried(source, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **kwargs)
+    if report["missing_keys"]:  # transformers would draw them at random
+        raise UserError(
+            f"`model`: {source} is no causal language model: its files lack {_some(report['missing_keys'])}"
         )
-    return _tried(source, AutoModelForCausalLM.from_pretrained, use_safetensors=True, dtype=torch.float32, **kwargs)
+    return model
 
 
-def load_classifier(source: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_classifier(
+    source: str, *, attn_implementation: str | None = None, dtype: torch.dtype | str = torch.float32
+) -> tuple[nn.Module, list[str]]:
     """A sequence classifier with one label; of a causal language model, its body with a new head.
 
+    A folder with an adapter gives the base model with that adapter, trainable.
+
+    Args:
+        dtype: of the weights; "auto" keeps the files' own.
+
+    Returns:
+        (model, names of the weights that are in no file: they were drawn at random, from torch's own stream).
+
     Raises:
-        UserError: as `load_model`, or the classifier there has several labels.
+        UserError: as `load_model`, or the classifier there has several labels, or its adapter is of another kind.
     """
-    _check_place("model", source)
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    config = _tried(source, AutoConfig.from_pretrained)
+    _check_place("model", source)
+    adapted = is_adapter_folder(source)
+    base = _base_of(source, "SEQ_CLS") if adapted else source
+    config = _tried(base, AutoConfig.from_pretrained)
     if any("Classification" in name for name in config.architectures or ()) and config.num_labels != 1:
-        raise UserError(f"`model`: {source} is a classifier with {config.num_labels} labels; a reward model has one")
+        raise UserError(f"`model`: {base} is a classifier with {config.num_labels} labels; a reward model has one")
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    kwargs |= {"num_labels": 1, "use_safetensors": True, "dtype": torch.float32}
-    return _tried(source, AutoModelForSequenceClassification.from_pretrained, **kwargs)
+    kwargs |= {"num_labels": 1, "use_safetensors": True, "dtype": dtype}
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are looked at here
+    with _quiet():  # transformers warns of the head, which the caller mentions
+        model, report = _tried(base, AutoModelForSequenceClassification.from_pretrained, **kwargs)
+    new, resized = set(report["missing_keys"]), {key[0] for key in report["mismatched_keys"]}
+    if adapted:
+        model, saved = _with_saved_adapter(model, source)
+        new -= saved
+    prefix = f"{unwrapped(model).base_model_prefix}."
+    lost = {name for name in new if name.startswith(prefix) and "pooler" not in name} | resized
+    if lost:
+        raise UserError(f"`model`: the files of {base} lack {_some(lost)}, or have it in another shape")
+    return model, sorted(new)
+
+
+def is_adapter_folder(source: str) -> bool:
+    """Whether a local folder holds an adapter of peft."""
+    return (Path(source).expanduser() / "adapter_config.json").exists()
+
+
+def _refuse_pickled_adapter(source: str) -> None:
+    if not (Path(source).expanduser() / "adapter_model.safetensors").exists():
+        raise UserError(f"cannot load {source}: it has no adapter_model.safetensors (pickles are not read)")
+
+
+def _base_of(source: str, task_type: str) -> str:
+    """The model that the adapter in the folder `source` belongs to.
+
+    Raises:
+        UserError: it names none, one that is not there, or is an adapter for another task.
+    """
+    from peft import PeftConfig
+
+    config = _tried(source, PeftConfig.from_pretrained)
+    if config.task_type not in (None, task_type):
+        raise UserError(
+            f"`model`: the adapter in {source} is of type {config.task_type}, needed is {task_type}; merge it into its "
+            "model first (`save(folder, merged=True)`), and give that folder"
+        )
+    base = config.base_model_name_or_path
+    if not base:
+        raise UserError(
+            f"`model`: the adapter in {source} names no base model (it was an object in Python, or the embedded "
+            "task's); merge it first: `rlkit.load(run).save(folder, merged=True)`"
+        )
+    try:
+        _check_place("model", base)
+    except UserError:
+        raise UserError(f"`model`: the base model of the adapter in {source} is gone: there is no {base}") from None
+    return str(base)
+
+
+def _with_saved_adapter(model: nn.Module, source: str) -> tuple[nn.Module, set[str]]:
+    """(`model` with the adapter in the folder `source`, names of the model's own weights that the adapter brings)."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    _refuse_pickled_adapter(source)
+    with warnings.catch_warnings():  # as in `add_adapter`
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = _tried(source, functools.partial(PeftModel.from_pretrained, model), is_trainable=True)
+    with safe_open(Path(source).expanduser() / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    return adapted, {name.removeprefix("base_model.model.") for name in names}
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three of `names`, and how many more there are."""
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without warnings, for a while."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def classifier_of(model: nn.Module) -> PreTrainedModel:
@@ -79,13 +178,13 @@ def classifier_of(model: nn.Module) -> PreTrainedModel:
     return classifier
 
 
-def classifier_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(body, head) of a sequence classifier, with its adapter if it has one."""
-    inner = unwrapped(model)
-    head = getattr(inner, "score", None) or getattr(inner, "classifier", None)
-    if head is None:
-        raise UserError(f"`model`: {type(inner).__name__} has no `score` head; a reward model needs one")
-    return inner.base_model, head
+def pad_as(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a classifier the padding token, as TRL does: the tokenizer's, else its end token.
+
+    transformers reads a row at its last token that is another one.
+    """
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    unwrapped(model).config.get_text_config().pad_token_id = padding
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -323,11 +422,21 @@ def documents(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 
 def _portable(path: Path) -> str:
-    """A file's text, without what a tokenizer notes about where it was loaded from: equal runs write equal files."""
+    """A file's text such that equal runs write equal files.
+
+    Left out is what a tokenizer notes about where it was loaded from. Names of modules, which peft keeps as sets, in
+    the order of a process's hashes, and those of a classifier's head once more with every loading, are sorted.
+    """
     text = path.read_text(encoding="utf-8")
-    if path.name != "tokenizer_config.json":
+    if path.name == "tokenizer_config.json":
+        own = ("is_local", "local_files_only", "name_or_path")
+        fields = {k: v for k, v in json.loads(text).items() if k not in own}
+    elif path.name == "adapter_config.json":
+        sets = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
+        found = json.loads(text)
+        fields = {k: sorted(set(v)) if k in sets and isinstance(v, list) else v for k, v in found.items()}
+    else:
         return text
-    fields = {k: v for k, v in json.loads(text).items() if k not in ("is_local", "local_files_only", "name_or_path")}
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
