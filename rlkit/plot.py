@@ -27,6 +27,7 @@ SOURCES = (
     ("metrics.jsonl", "rollout/ep_rew_mean", "return", "training return"),
     ("eval.jsonl", "eval_reward", "reward of sampled completions", "evaluation"),
     ("eval.jsonl", "eval_rewards/accuracies", "accuracy on held-out pairs", "evaluation"),
+    ("eval.jsonl", "eval_accuracy", "accuracy on held-out pairs", "evaluation"),
     ("eval.jsonl", "eval_loss", "loss", "evaluation"),
     ("metrics.jsonl", "loss", "loss", "training loss"),
 )

@@ -49,8 +49,10 @@ def tiny_fields(name: str, **fields: Any) -> dict[str, Any]:
     cls = registry.get(name)
     known = {field.name for field in dataclasses.fields(cls.Config)}
     task = {k: v for k, v in cls.default_task.items() if k != "steps"}
-    values = {**task, "preset": None, **TINY, **TINY_LANGUAGE, **fields}
-    return {k: v for k, v in values.items() if k in known}
+    values = {**task, "preset": None, **TINY, **TINY_LANGUAGE}
+    if getattr(cls, "task_type", None) == "SEQ_CLS":
+        del values["eval_samples"]  # a classifier samples nothing, and refuses to be asked
+    return {k: v for k, v in {**values, **fields}.items() if k in known}
 
 
 def tiny(name: str, **fields: Any) -> Trainer:

@@ -44,6 +44,26 @@ def tiny_llama(seed: int = 0, **options: Any) -> tuple[Any, Any]:
         return LlamaForCausalLM(config), tokenizer
 
 
+def tiny_classifier(seed: int = 0, **options: Any) -> tuple[Any, Any]:
+    """A sequence classifier with one label on the body of `tiny_llama`, its head as noticeable, and its tokenizer."""
+    from transformers import LlamaForSequenceClassification
+
+    language, tokenizer = tiny_llama(seed, num_labels=1, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        model = LlamaForSequenceClassification(language.config)
+    model.model.load_state_dict(language.model.state_dict())
+    return model, tokenizer
+
+
+def saved_classifier(folder: Path, seed: int = 0, **options: Any) -> str:
+    """The folder of `tiny_classifier`."""
+    model, tokenizer = tiny_classifier(seed, **options)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def saved_llama(folder: Path, seed: int = 0, **options: Any) -> str:
     """The folder of `tiny_llama`."""
     model, tokenizer = tiny_llama(seed, **options)

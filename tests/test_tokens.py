@@ -547,6 +547,16 @@ def test_a_prompt_as_long_as_max_length_leaves_nothing() -> None:
     assert "128 all of them" in last
 
 
+def test_drop_uses_no_row_that_is_too_long() -> None:
+    """Limit 6: <bos>ab + cd<eos> fits, one letter more does not, whichever side it is on."""
+    encoder = Encoder(byte_tokenizer(), max_length=6, truncation_mode="drop")
+    out = encoder.completions(["ab", "ab", "abc"], ["cd", "cde", "cd"])
+    assert [None if row is None else row.tokens.tolist() for row in out] == [[BOS, *ids("abcd"), EOS], None, None]
+    report = encoder.report
+    assert (report.dropped, report.emptied, report.truncated_completions, report.truncated_prompts) == (2, 0, 0, 0)
+    assert report.lines()[-1].startswith("2 of 3 rows: too long and not used at max_length=6; 64 holds 99 %")
+
+
 def test_keep_end_cuts_the_prompt_alike_for_all_its_completions() -> None:
     """Limit 10; prompt <bos>abcdefgh (9), longest completion 4 with its EOS: 6 tokens of prompt stay, BOS first."""
     encoder = Encoder(byte_tokenizer(), max_length=10, truncation_mode="keep_end")
@@ -767,7 +777,7 @@ def test_options_are_checked() -> None:
     tokenizer = byte_tokenizer()
     for options, message in (
         ({"max_length": 1}, "`max_length` is 1"),
-        ({"truncation_mode": "keep"}, "`truncation_mode` is 'keep', expected one of keep_start, keep_end"),
+        ({"truncation_mode": "keep"}, "`truncation_mode` is 'keep', expected one of keep_start, keep_end, drop"),
         ({"boundary": "merge"}, "`boundary` is 'merge'"),
     ):
         with pytest.raises(UserError, match=message):

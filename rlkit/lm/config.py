@@ -34,8 +34,8 @@ class LMConfig(RunConfig):
     """What bad rows do; by default they are dropped and counted up to 1 %, and beyond that an error."""
     max_length: Count | None = 1024
     """Tokens of prompt and completion together; longer ones are cut."""
-    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a long row stays."""
+    truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
+    """Which end of a long row stays; `drop` leaves long rows out."""
     boundary: Literal["error", "split", "common"] = "error"
     """What happens where tokens merge across the end of a prompt: an error, the completion tokenised apart, or (TRL's
     reading) a completion that begins where the tokens diverge."""

@@ -18,7 +18,7 @@ import torch
 from rlkit import checkpoint, processes, registry
 from rlkit.config import Count, to_dict
 from rlkit.envs.letters import ALPHABET, Letters, answers, demonstrations, label, model_config, prompts
-from rlkit.errors import CheckpointError
+from rlkit.errors import RlkitError, UserError
 from rlkit.lm import models
 from rlkit.lm.bytes import character_tokenizer
 from rlkit.lm.reference_cache import cache_folder
@@ -76,11 +76,11 @@ def start_model(task: Task, seed: int) -> tuple[PreTrainedModel, PreTrainedToken
     made_by = {name: value for name, value in to_dict(task).items() if name in STARTED_BY}
     key = repr((made_by, seed, SUPERVISED, model_config(0), torch.__version__))
     folder = cache_folder() / f"letters-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}"
-    try:
-        if checkpoint.verify(folder) is None:
-            return models.load_model(str(folder)), models.load_tokenizer(str(folder))
-    except CheckpointError:
-        pass
+    if checkpoint.verify(folder) is None:
+        try:
+            return _nameless(models.load_model(str(folder))), models.load_tokenizer(str(folder))
+        except UserError:  # another process has just replaced it
+            pass
     model, tokenizer = fresh_model(seed)
     sft: Any = registry.get("sft")
     with processes.alone():
@@ -94,11 +94,18 @@ def start_model(task: Task, seed: int) -> tuple[PreTrainedModel, PreTrainedToken
         )
         trainer.learn(task.supervised_steps)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        trainer.save(folder)
-    except OSError:  # a cache that cannot be written
+        if checkpoint.verify(folder) is not None:  # nobody else was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            trainer.save(folder)
+    except (OSError, RlkitError):  # a cache that cannot be written
         pass
     return trainer.model, tokenizer
+
+
+def _nameless(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` as if made in memory: an adapter of it names no folder of the cache, whether there was one or not."""
+    model.name_or_path = model.config.name_or_path = ""
+    return model
 
 
 def preference_rows(trainer: LMTrainer, task: Task, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

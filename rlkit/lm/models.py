@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "default"  # peft's name of a model's first adapter
-ADAPTER_SETS = ("target_modules", "exclude_modules", "modules_to_save")  # which peft writes in the order of a hash
 
 
 def load_model(source: str, *, attn_implementation: str | None = None, what: str = "model") -> PreTrainedModel:
@@ -47,57 +46,128 @@ def load_model(source: str, *, attn_implementation: str | None = None, what: str
 
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     folder = _folder(what, source, "adapter_config.json", "config.json")
-    if folder is not None and (folder / "adapter_config.json").exists():
-        return _adapted(folder, what, attn_implementation)
-    return _weights(what, source, AutoModelForCausalLM, kwargs)
+    if folder is not None and is_adapter_folder(source):
+        base = _base_of(what, folder, "CAUSAL_LM")
+        model: Any = load_model(base, attn_implementation=attn_implementation, what=what)
+        if any((folder / name).exists() for name in _TOKENIZERS):  # tokens that were added for the adapter
+            size, rows = len(load_tokenizer(str(folder))), model.get_input_embeddings().weight.shape[0]
+            if size > rows:
+                model.resize_token_embeddings(size)
+        return _with_saved_adapter(what, model, folder)[0]
+    return _weights(what, source, AutoModelForCausalLM, kwargs)[0]
 
 
-def load_classifier(source: str, *, attn_implementation: str | None = None, what: str = "model") -> PreTrainedModel:
+def load_classifier(
+    source: str,
+    *,
+    attn_implementation: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    what: str = "model",
+) -> tuple[nn.Module, list[str]]:
     """A sequence classifier with one label; of a causal language model, its body with a new head.
 
+    A folder with an adapter gives the base model with that adapter, trainable.
+
+    Args:
+        dtype: of the weights; "auto" keeps the files' own.
+        what: the field that names it, for messages.
+
+    Returns:
+        (model, names of the weights that are in no file: they were drawn at random, from torch's own stream).
+
     Raises:
-        UserError: as `load_model`, or the classifier there has several labels.
+        UserError: as `load_model`, or the classifier there has several labels, or its adapter is of another kind.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    _folder(what, source, "config.json")
-    config = _tried(what, source, AutoConfig.from_pretrained)
+    folder = _folder(what, source, "adapter_config.json", "config.json")
+    adapter = folder if folder is not None and is_adapter_folder(source) else None
+    base = source if adapter is None else _base_of(what, adapter, "SEQ_CLS")
+    config = _tried(what, base, AutoConfig.from_pretrained)
     classifies = any("Classification" in name for name in config.architectures or ())
     if classifies and config.num_labels != 1:
-        raise UserError(f"`{what}`: {source} is a classifier with {config.num_labels} labels; a reward model has one")
+        raise UserError(f"`{what}`: {base} is a classifier with {config.num_labels} labels; a reward model has one")
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    return _weights(
-        what, source, AutoModelForSequenceClassification, {**kwargs, "num_labels": 1}, new_head=not classifies
-    )
+    with _quiet():  # transformers warns of the head, which the caller mentions
+        model, new = _weights(
+            what, base, AutoModelForSequenceClassification, {**kwargs, "num_labels": 1, "dtype": dtype}, new_head=True
+        )
+    if adapter is not None:
+        model, saved = _with_saved_adapter(what, model, adapter)
+        new -= saved
+    if classifies and new:
+        raise UserError(f"`{what}`: cannot load {base}: its files lack {_some(new)}; copy or download it again")
+    return model, sorted(new)
 
 
-def _adapted(folder: Path, what: str, attn_implementation: str | None) -> PreTrainedModel:
-    """The base model that an adapter's folder names, with that adapter, trainable."""
-    from peft import PeftConfig, PeftModelForCausalLM
+def is_adapter_folder(source: str) -> bool:
+    """Whether a local folder holds an adapter of peft."""
+    return (_path(source) / "adapter_config.json").exists()
+
+
+def _base_of(what: str, folder: Path, task_type: str) -> str:
+    """The model that the adapter in a folder belongs to.
+
+    Raises:
+        UserError: it names none, one that is not there, or is an adapter for another task.
+    """
+    from peft import PeftConfig
 
     check_files(what, folder)
     config = _tried(what, str(folder), PeftConfig.from_pretrained, trusts=False)
+    if config.task_type not in (None, task_type):
+        raise UserError(
+            f"`{what}`: the adapter in {folder} is for {config.task_type}; expected one for {task_type}: merge it into "
+            "its model first (`save(folder, merged=True)`), and give that folder"
+        )
     base = config.base_model_name_or_path
     if not base:
         raise UserError(
-            f"`{what}`: adapter_config.json of {folder} names no base model (`base_model_name_or_path`); name it there"
+            f"`{what}`: adapter_config.json of {folder} names no base model (`base_model_name_or_path`), as where it "
+            "was an object in Python or the embedded task's; name it there, or merge the adapter first: "
+            "`rlkit.load(run).save(folder, merged=True)`"
         )
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise UserError(f"`{what}`: the adapter in {folder} is for {config.task_type}; expected one for CAUSAL_LM")
-    model: Any = load_model(str(base), attn_implementation=attn_implementation, what=what)
-    if any((folder / name).exists() for name in _TOKENIZERS):  # tokens that were added for the adapter
-        size, rows = len(load_tokenizer(str(folder))), model.get_input_embeddings().weight.shape[0]
-        if size > rows:
-            model.resize_token_embeddings(size)
+    try:
+        _folder(what, base)
+    except UserError as error:
+        raise UserError(f"`{what}`: the base model of the adapter in {folder} is gone: there is no {base}") from error
+    return str(base)
+
+
+def _with_saved_adapter(what: str, model: nn.Module, folder: Path) -> tuple[Any, set[str]]:
+    """(`model` with the adapter in a folder, names of the model's own weights that the adapter brings)."""
+    from peft import PeftModel
 
     def load(place: str) -> Any:
-        with warnings.catch_warnings():  # weights that the file lacks
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # as in `add_adapter`
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModelForCausalLM.from_pretrained(model, place, is_trainable=True)
+            return PeftModel.from_pretrained(model, place, is_trainable=True)
 
     adapted: Any = _tried(what, str(folder), load, trusts=False)
     check_finite(what, str(folder), adapted)
-    return adapted
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    return adapted, {name.removeprefix("base_model.model.") for name in names}
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three of `names`, and how many more there are."""
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without warnings, for a while."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def classifier_of(model: nn.Module) -> PreTrainedModel:
@@ -111,13 +181,13 @@ def classifier_of(model: nn.Module) -> PreTrainedModel:
     return classifier
 
 
-def classifier_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(body, head) of a sequence classifier, with its adapter if it has one."""
-    inner = unwrapped(model)
-    head = getattr(inner, "score", None) or getattr(inner, "classifier", None)
-    if head is None:
-        raise UserError(f"`model`: {type(inner).__name__} has no `score` head; a reward model needs one")
-    return inner.base_model, head
+def pad_as(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a classifier the padding token, as TRL does: the tokenizer's, else its end token.
+
+    transformers reads a row at its last token that is another one.
+    """
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    unwrapped(model).config.get_text_config().pad_token_id = padding
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -233,8 +303,10 @@ def check_files(what: str, folder: Path) -> None:
             ) from error
 
 
-def _weights(what: str, source: str, auto: Any, kwargs: Mapping[str, Any], *, new_head: bool = False) -> Any:
-    """A model of the class `auto`, all of whose weights come from its files.
+def _weights(
+    what: str, source: str, auto: Any, kwargs: Mapping[str, Any], *, new_head: bool = False
+) -> tuple[Any, set[str]]:
+    """(a model of the class `auto`, names of the weights that are in no file).
 
     Args:
         new_head: what is not in the model's body, and its pooler, may be absent and is then drawn at random.
@@ -249,9 +321,8 @@ def _weights(what: str, source: str, auto: Any, kwargs: Mapping[str, Any], *, ne
         what,
         source,
         auto.from_pretrained,
-        **kwargs,
         use_safetensors=True,
-        dtype=torch.float32,
+        **{"dtype": torch.float32, **kwargs},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # said below, and with names
     )
@@ -263,14 +334,12 @@ def _weights(what: str, source: str, auto: Any, kwargs: Mapping[str, Any], *, ne
             "weights and configuration do not belong together, so copy the folder again"
         )
     body = f"{model.base_model_prefix}."
-    missing = sorted(
-        name for name in report["missing_keys"] if not new_head or (name.startswith(body) and ".pooler." not in name)
-    )
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UserError(f"`{what}`: cannot load {source}: its files lack {shown}; copy or download it again")
+    new = set(report["missing_keys"])
+    lost = {name for name in new if not new_head or (name.startswith(body) and ".pooler." not in name)}
+    if lost:
+        raise UserError(f"`{what}`: cannot load {source}: its files lack {_some(lost)}; copy or download it again")
     check_finite(what, source, model)
-    return model
+    return model, new
 
 
 def check_finite(what: str, source: str, model: nn.Module) -> None:
@@ -526,19 +595,21 @@ def documents(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 
 def _portable(path: Path) -> str:
-    """A file's text, such that equal runs write equal files.
+    """A file's text such that equal runs write equal files.
 
-    Without what a tokenizer notes about where it was loaded from, and with the sets of an adapter in order.
+    Left out is what a tokenizer notes about where it was loaded from. Names of modules, which peft keeps as sets, in
+    the order of a process's hashes, and those of a classifier's head once more with every loading, are sorted.
     """
     text = path.read_text(encoding="utf-8")
-    if path.name == "adapter_config.json":
-        adapter = {
-            k: sorted(v) if k in ADAPTER_SETS and isinstance(v, list) else v for k, v in json.loads(text).items()
-        }
-        return json.dumps(adapter, indent=2, sort_keys=True) + "\n"
-    if path.name != "tokenizer_config.json":
+    if path.name == "tokenizer_config.json":
+        own = ("is_local", "local_files_only", "name_or_path")
+        fields = {k: v for k, v in json.loads(text).items() if k not in own}
+    elif path.name == "adapter_config.json":
+        sets = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
+        found = json.loads(text)
+        fields = {k: sorted(set(v)) if k in sets and isinstance(v, list) else v for k, v in found.items()}
+    else:
         return text
-    fields = {k: v for k, v in json.loads(text).items() if k not in ("is_local", "local_files_only", "name_or_path")}
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -17,7 +17,9 @@ Rules, with what differs from TRL's `DPOTrainer` and `SFTTrainer`:
 - In a completion of several messages only the assistant's are trained, not what a tool or a user says.
 - `keep_start` cuts the end, so that a cut row has no trained end token. `keep_end` cuts the beginning of the prompt
   after its BOS, by the same amount for all completions of a prompt (TRL: each by its own, BOS included), but never
-  below half of `max_length`; what is still too long is cut at its end. A row without trained token is None and counted.
+  below half of `max_length`; what is still too long is cut at its end. `drop` cuts nothing: a row longer than
+  `max_length` is not used (TRL: so in its `RewardTrainer`). A row that is not used, or has no trained token left, is
+  None and counted.
 - Text of a special token inside the data, such as `</s>` in HTML, becomes that token, as in TRL; such rows are counted.
   With `split_special_tokens` it stays text, in conversations as well, where the template's own tokens stay tokens.
 """
@@ -80,6 +82,7 @@ class EncodingReport:
         truncated_completions: rows whose completion lost some, but not all, of its trained tokens.
         truncated_prompts: rows whose prompt alone is longer than `max_length`, or was cut (`keep_end`).
         emptied: rows that truncation left without a trained token.
+        dropped: rows longer than `max_length` under `drop`.
         end_appended: rows whose chat template writes no end token; EOS was appended.
         start_added: rows whose prompt is empty and whose tokenizer adds no BOS; a start token was put before.
         merged: rows whose tokens merge across the end of the prompt (`boundary` `split` or `common`).
@@ -93,6 +96,7 @@ class EncodingReport:
     truncated_completions: int = 0
     truncated_prompts: int = 0
     emptied: int = 0
+    dropped: int = 0
     end_appended: int = 0
     start_added: int = 0
     merged: int = 0
@@ -141,6 +145,7 @@ class EncodingReport:
             (self.start_added, "the prompt is empty and the tokenizer adds no BOS, so a start token was put before"),
             (self.merged, "tokens merge across the end of the prompt (`boundary`)"),
             (self.special_text, "the completion contains the text of a special token, which becomes that token"),
+            (self.dropped, f"too long and not used at {held}"),
             (self.emptied, f"nothing trained is left and the row is not used at {held}"),  # the gravest comes last
         ]
         return out + [f"{n:,} of {self.rows:,} completions: {text}" for n, text in facts if n]
@@ -175,7 +180,7 @@ class Encoder:
     Args:
         tokenizer: a text tokenizer of transformers, or the like. It is not changed.
         max_length: tokens of prompt and completion together; None cuts nothing.
-        truncation_mode: `keep_start` or `keep_end`, see the module's rules.
+        truncation_mode: `keep_start`, `keep_end` or `drop`, see the module's rules.
         boundary: `error`, `split` or `common`: what happens where tokens merge across the end of a prompt.
         chat_template: Jinja, as a file, a folder with `chat_template.jinja`, or a text; None takes the tokenizer's.
         chat_template_kwargs: passed to the template, such as `{"enable_thinking": False}`.
@@ -193,7 +198,7 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int | None = 1024,
-        truncation_mode: Literal["keep_start", "keep_end"] = "keep_start",
+        truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start",
         boundary: Literal["error", "split", "common"] = "error",
         chat_template: str | None = None,
         chat_template_kwargs: Kwargs | None = None,
@@ -210,7 +215,7 @@ class Encoder:
                 f"`max_length` is {max_length}; a row needs at least 2 tokens, one of context and one to train"
             )
         for name, value, choices in (
-            ("truncation_mode", truncation_mode, ("keep_start", "keep_end")),
+            ("truncation_mode", truncation_mode, ("keep_start", "keep_end", "drop")),
             ("boundary", boundary, ("error", "split", "common")),
         ):
             if value not in choices:
@@ -281,7 +286,7 @@ class Encoder:
             source: what the rows are of, for messages.
 
         Returns:
-            Rows in the order given; None where truncation leaves nothing to train (see `report`).
+            Rows in the order given; None where truncation leaves nothing to train, or drops the row (see `report`).
 
         Raises:
             UserError: tokens that merge across the end of a prompt (`boundary="error"`), no chat template, one that
@@ -775,7 +780,11 @@ class Encoder:
         report, limit = self.report, self.max_length
         tokens, prompt, wanted = row.tokens, row.prompt_length, int(mask.sum())
         report.rows += 1
-        if limit is not None:
+        if limit is not None and self.truncation_mode == "drop":
+            if len(tokens) > limit:
+                report.dropped += 1
+                return None
+        elif limit is not None:
             cut = 0
             if self.truncation_mode == "keep_end" and self.completion_only:
                 cut = max(0, prompt - max(limit - longest, limit // 2))

@@ -34,7 +34,7 @@ from rlkit.lm import embedded, evaluation, models, reference, sharding
 from rlkit.lm.config import LMConfig
 from rlkit.lm.layout import Layout, Mode, Row, Scorer, cheapest, choose, forward, rows_of
 from rlkit.lm.logps import Head, find_head
-from rlkit.lm.opening import open_model
+from rlkit.lm.opening import Opened, open_model
 from rlkit.lm.optimisation import make_optimizer, schedule
 from rlkit.lm.sample import Samples, Sampling, generate
 from rlkit.lm.tokens import Encoded, Encoder
@@ -174,7 +174,7 @@ class LMTrainer(Trainer):
         self.check()
         if config.fsdp and not self.sharded and self._saved is None:
             raise UserError("`fsdp` divides the model among processes: start several, `torchrun --nproc_per_node N …`")
-        opened = open_model(self, self._place)
+        opened = self.open_model(self._place)
         self.model, self.tokenizer = opened.model, opened.tokenizer
         if config.disable_dropout:
             models.without_dropout(self.model)
@@ -236,6 +236,10 @@ class LMTrainer(Trainer):
 
     def check(self) -> None:
         """Refuse options that conflict."""
+
+    def open_model(self, checkpoint: Path | None) -> Opened:
+        """The model to train and its tokenizer; see `rlkit.lm.opening`."""
+        return open_model(self, checkpoint)
 
     def unit_fields(self) -> dict[str, Field | Ragged]:
         """Columns of a unit: one row id of a completion for each branch, and what the loss needs besides."""

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import inspect
 import math
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -293,14 +294,16 @@ class ModelReward:
     """A sequence-classification model with one label as a reward function: its logit is the reward.
 
     A row is rendered as TRL's GRPOTrainer renders it: a conversation through the tokenizer's chat template, a text as
-    prompt + completion without special tokens.
+    prompt + completion without special tokens. What rlkit's `reward_model` trained (a run, a checkpoint, a saved
+    folder, also with an adapter) gets the tokens that it was trained on, so its rewards are the trainer's.
 
     Args:
-        model: a folder that `save_pretrained` wrote (or a name on the hub), or a module. A module that has no padding
-            token gets the tokenizer's.
+        model: a folder that `save_pretrained` or rlkit wrote (or a name on the hub), or a module. A module that has no
+            padding token gets the tokenizer's.
         tokenizer: by default the folder's.
         batch_size: rows a forward pass; rows of similar length go together.
-        special_tokens: texts get the tokenizer's special tokens and an end token, as TRL's RewardTrainer trains them.
+        special_tokens: True gives texts the tokenizer's special tokens and an end token, as TRL's RewardTrainer trains
+            them, False gives them none; None does as said above.
         device: where to put the model; by default it stays where it is.
         autocast: makes the context for each batch.
 
@@ -314,12 +317,14 @@ class ModelReward:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int = 16,
-        special_tokens: bool = False,
+        special_tokens: bool | None = None,
         device: torch.device | str | None = None,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
+        settings = None
+        self.model: Any
         if isinstance(model, str | Path):
-            self.model, tokenizer = _load(str(model), tokenizer)
+            self.model, tokenizer, settings = _load(str(model), tokenizer)
         else:
             self.model = model
             _one_label(self.model.config, name_of(model))
@@ -332,13 +337,19 @@ class ModelReward:
         if device is not None:
             self.model.to(device)
         config = self.model.config.get_text_config()
-        if config.pad_token_id is None:
+        if config.pad_token_id is None or settings is not None:  # an adapter's base model may have another
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if config.pad_token_id is None:
             raise UserError("the reward model's tokenizer has neither a padding nor an end token; set one of them")
-        self.tokenizer, self.batch_size, self.special_tokens = tokenizer, batch_size, special_tokens
+        self.tokenizer, self.batch_size, self.special_tokens = tokenizer, batch_size, bool(special_tokens)
         self.autocast = autocast
-        self.__name__ = Path(str(getattr(self.model.config, "_name_or_path", ""))).name or type(self.model).__name__
+        place = model if isinstance(model, str | Path) else getattr(self.model.config, "_name_or_path", "")
+        self.__name__ = Path(str(place)).name or type(self.model).__name__
+        self._encoder: Any = None
+        if settings is not None and special_tokens is None:
+            from rlkit.lm.tokens import Encoder
+
+            self._encoder = Encoder(tokenizer, max_length=None, completion_only=False, **settings)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         """n rewards.
@@ -350,7 +361,12 @@ class ModelReward:
 
         from rlkit.lm.sample import evaluating
 
-        rows = [self._tokens(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        if self._encoder is not None:
+            rows = [row.tokens.tolist() for row in self._encoder.completions(prompts, completions)]
+        else:
+            rows = [self._tokens(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        for i, row in enumerate(rows):
+            self._check(i, len(row))
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         device = next(self.model.parameters()).device
         pad = self.model.config.get_text_config().pad_token_id
@@ -386,52 +402,80 @@ class ModelReward:
         ids: list[int] = tokenizer(text, add_special_tokens=self.special_tokens and isinstance(prompt, str))[
             "input_ids"
         ]
+        return ids
+
+    def _check(self, row: int, length: int) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if not ids:
+        if not length:
             raise UserError(
                 f"row {row}: prompt and completion have no tokens that reward model `{self.__name__}` could see"
             )
-        if isinstance(limit, int) and 0 < limit < len(ids):
+        if isinstance(limit, int) and 0 < limit < length:
             raise UserError(
-                f"row {row} has {len(ids)} tokens, more than the {limit} positions of reward model `{self.__name__}`; "
+                f"row {row} has {length} tokens, more than the {limit} positions of reward model `{self.__name__}`; "
                 "shorten the prompt or `max_completion_length`"
             )
-        return ids
 
 
-def _load(source: str, tokenizer: Any) -> tuple[Any, Any]:
-    """A trained reward model and its tokenizer.
+def _load(source: str, tokenizer: Any) -> tuple[Any, Any, dict[str, Any] | None]:
+    """A trained reward model, its tokenizer, and how rlkit's trainer made tokens of its rows, where it was that.
 
     Raises:
         UserError: it cannot be loaded, is no reward model, or was never trained as one.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    from rlkit import checkpoint
     from rlkit.lm import models
 
     path = Path(source).expanduser()
+    if not (path / "config.json").exists() and checkpoint.has_checkpoints(path):  # a run
+        path, messages = checkpoint.newest(path)
+        for message in messages:
+            print(message, file=sys.stderr)
     place = str(path) if path.exists() else source
     if path.is_dir():
         models.check_files("reward", path)
     safe = {"trust_remote_code": False}
     try:
-        _one_label(AutoConfig.from_pretrained(place, **safe), source)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            place, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
-        )
-        if report["mismatched_keys"]:
-            name = min(name for name, *_ in report["mismatched_keys"])
-            raise UserError(f"{source}: {name} has another shape than config.json makes it; copy the folder again")
-        if report["missing_keys"]:
-            missing = ", ".join(sorted(report["missing_keys"]))
-            raise UserError(f"{source} is no trained reward model: it lacks {missing}")
+        if models.is_adapter_folder(place):
+            # In float32, as it was trained, whatever the base model's files hold.
+            model, missing = models.load_classifier(place, what="reward")
+            model.eval()
+        else:
+            _one_label(AutoConfig.from_pretrained(place, **safe), source)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                place, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
+            )
+            if report["mismatched_keys"]:
+                name = min(name for name, *_ in report["mismatched_keys"])
+                raise UserError(f"{source}: {name} has another shape than config.json makes it; copy the folder again")
+            missing = sorted(report["missing_keys"])
+        if missing:
+            raise UserError(f"{source} is no trained reward model: it lacks {', '.join(missing)}")
         models.check_finite("reward", source, model)
-        return model, AutoTokenizer.from_pretrained(place, **safe) if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(place, **safe)
+        return model, tokenizer, _settings(path)
     except UserError:
         raise
     except Exception as error:  # whatever the library or the parser of a file raised
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"cannot load the reward model {source}: {reason}") from error
+
+
+def _settings(place: Path) -> dict[str, Any] | None:
+    """What of `rlkit.lm.tokens.Encoder` the folder's `config.yaml` sets; None where rlkit trained no reward model."""
+    from rlkit.config import load_file
+
+    if not (place / "config.yaml").exists():
+        return None
+    config = load_file(place / "config.yaml")
+    if config.get("trainer") != "reward_model":
+        return None
+    # The template itself is saved as the tokenizer's.
+    names = ("chat_template_kwargs", "split_special_tokens")
+    return {name: config[name] for name in names if name in config}
 
 
 def _one_label(config: Any, source: str) -> None:
