@@ -371,7 +371,11 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "a layer is absent": (
         reweighed(lambda t: [t.pop(name) for name in list(t) if "layers.1" in name]),
-        ["cannot load {file}: its files lack model.layers.1.", " and 6 more; " + AGAIN],
+        [
+            "cannot load {file}: its files lack model.layers.1.",
+            " and 6 more: it is a model of another kind, or incomplete",
+            AGAIN,
+        ],
     ),
     "another shape": (
         reweighed(lambda t: t.update({WEIGHT: t[WEIGHT][:, :5].contiguous()})),
@@ -400,7 +404,10 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["`model`: cannot load {file}: Found missing adapter keys", "layers.1"],
     ),
     "an adapter without a base": (as_adapter(), ["adapter_config.json of {file} names no base model", "name it there"]),
-    "an adapter whose base is gone": (as_adapter(base="/no/such/model"), ["`model`: there is no /no/such/model"]),
+    "an adapter whose base is gone": (
+        as_adapter(base="/no/such/model"),
+        ["the base model of the adapter in {file} is gone: there is no /no/such/model"],
+    ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"),
         ["`tokenizer`: {file} holds no tokenizer (tokenizer.json or the like)", "`--tokenizer FOLDER`"],

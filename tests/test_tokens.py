@@ -554,7 +554,7 @@ def test_drop_uses_no_row_that_is_too_long() -> None:
     assert [None if row is None else row.tokens.tolist() for row in out] == [[BOS, *ids("abcd"), EOS], None, None]
     report = encoder.report
     assert (report.dropped, report.emptied, report.truncated_completions, report.truncated_prompts) == (2, 0, 0, 0)
-    assert report.lines()[-1].startswith("2 of 3 rows: too long and not used at max_length=6; 64 holds 99 %")
+    assert report.lines()[-1].startswith("2 of 3 completions: too long and not used at max_length=6; 64 holds 99 %")
 
 
 def test_keep_end_cuts_the_prompt_alike_for_all_its_completions() -> None:

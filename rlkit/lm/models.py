@@ -337,7 +337,10 @@ def _weights(
     new = set(report["missing_keys"])
     lost = {name for name in new if not new_head or (name.startswith(body) and ".pooler." not in name)}
     if lost:
-        raise UserError(f"`{what}`: cannot load {source}: its files lack {_some(lost)}; copy or download it again")
+        raise UserError(
+            f"`{what}`: cannot load {source}: its files lack {_some(lost)}: it is a model of another kind, or "
+            "incomplete; then copy or download it again"
+        )
     check_finite(what, source, model)
     return model, new
 
