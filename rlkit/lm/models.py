@@ -45,7 +45,7 @@ def load_model(source: str, *, attn_implementation: str | None = None, what: str
     from transformers import AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    folder = _folder(what, source, "adapter_config.json", "config.json")
+    folder = folder_of(what, source, "adapter_config.json", "config.json")
     if folder is not None and (folder / "adapter_config.json").exists():
         return _adapted(folder, what, attn_implementation)
     return _weights(what, source, AutoModelForCausalLM, kwargs)
@@ -59,7 +59,7 @@ def load_classifier(source: str, *, attn_implementation: str | None = None, what
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    _folder(what, source, "config.json")
+    folder_of(what, source, "config.json")
     config = _tried(what, source, AutoConfig.from_pretrained)
     classifies = any("Classification" in name for name in config.architectures or ())
     if classifies and config.num_labels != 1:
@@ -127,7 +127,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    folder = _folder("tokenizer", source)
+    folder = folder_of("tokenizer", source)
     if folder is not None and not any((folder / name).exists() for name in _TOKENIZERS):
         raise UserError(
             f"`tokenizer`: {source} holds no tokenizer (tokenizer.json or the like); name the folder of the one that "
@@ -135,6 +135,43 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         )
     tokenizer: PreTrainedTokenizerBase = _tried("tokenizer", source, AutoTokenizer.from_pretrained)
     return tokenizer
+
+
+def check_same_tokens(what: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """See that a model in a local folder that brings a tokenizer was trained on the tokens of `tokenizer`.
+
+    Args:
+        what: the field that names the model, for messages.
+        source: its folder; a hub name, or a folder without tokenizer, is not looked at.
+
+    Raises:
+        UserError: an id that both have stands for different tokens.
+    """
+    folder = path_of(source)
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        return
+    own = {number: token for token, number in tokenizer.get_vocab().items()}
+    other = {number: token for token, number in load_tokenizer(source).get_vocab().items()}
+    differ = sorted(number for number in own.keys() & other.keys() if own[number] != other[number])
+    if differ:
+        first = differ[0]
+        raise UserError(
+            f"`{what}`: {source} has another tokenizer than the model: {len(differ):,} tokens differ, such as token "
+            f"{first}, {other[first]!r} there and {own[first]!r} here; take a reference with the model's tokens"
+        )
+
+
+def set_attention(model: nn.Module, implementation: str) -> None:
+    """Let a model that was given as an object use another attention of transformers.
+
+    Raises:
+        UserError: it does not have that one.
+    """
+    try:
+        unwrapped(model).set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"`attn_implementation`: {implementation} is not possible with this model: {reason}") from error
 
 
 def check_fits(model: nn.Module, what: str, highest: int, longest: int) -> None:
@@ -172,7 +209,7 @@ _TOKENIZERS = (
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def _folder(what: str, source: str, *needs: str) -> Path | None:
+def folder_of(what: str, source: str, *needs: str) -> Path | None:
     """The local folder that a name stands for; None for a name on the hub.
 
     Args:
@@ -181,7 +218,7 @@ def _folder(what: str, source: str, *needs: str) -> Path | None:
     Raises:
         UserError: a path that does not exist, or a folder without these files.
     """
-    path = _path(source)
+    path = path_of(source)
     if path.is_file():
         raise UserError(f"`{what}`: {source} is a file; expected a folder that `save_pretrained` wrote")
     if path.is_dir():
@@ -195,7 +232,8 @@ def _folder(what: str, source: str, *needs: str) -> Path | None:
     return None
 
 
-def _path(source: str) -> Path:
+def path_of(source: str) -> Path:
+    """The path that a text names; where `~` stands for nobody's home, the text as it is."""
     try:
         return Path(source).expanduser()
     except RuntimeError:  # the home of somebody unknown
@@ -241,7 +279,7 @@ def _weights(what: str, source: str, auto: Any, kwargs: Mapping[str, Any], *, ne
     Raises:
         UserError: it cannot be loaded, or weights are absent, of another shape, or not finite.
     """
-    folder = _folder(what, source, "config.json")
+    folder = folder_of(what, source, "config.json")
     if folder is not None:
         check_files(what, folder)
     model, report = _tried(
@@ -300,7 +338,7 @@ def _tried(what: str, source: str, load: Any, *, trusts: bool = True, **kwargs: 
     logging.disable_progress_bar()
     if trusts:
         kwargs["trust_remote_code"] = False
-    path = _path(source)
+    path = path_of(source)
     try:
         return load(str(path) if path.exists() else source, **kwargs)
     except Exception as error:
