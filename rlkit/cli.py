@@ -185,6 +185,12 @@ def resume(args: Sequence[str]) -> int:
             trainer.target = given.steps
             if trainer.horizon and given.steps > trainer.horizon:
                 _say(f"schedules keep the horizon they started with, {trainer.horizon:,} steps")
+                kind = getattr(trainer.config, "lr_scheduler_type", "constant")
+                if kind in ("linear", "cosine"):
+                    _say(
+                        f"`lr_scheduler_type: {kind}` ends there at a learning rate of 0, so further steps change "
+                        f"nothing; to learn on, set `constant` in {given.run}/config.yaml and give `--allow-changes`"
+                    )
         elif trainer.finished:
             _say(f"{given.run} is finished: step {trainer.clock:,}. `--steps N` goes on to a larger total.")
             return 0

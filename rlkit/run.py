@@ -119,6 +119,8 @@ class Run:
             trainer.prepare(lambda: stop.requested)
             if trainer.marks["eval"] < 0:
                 self._evaluate()
+            else:  # a signal may have cut an evaluation short: it belongs to the step that the run was saved at
+                self.tick()
             undo.pop_all()
         return self
 
@@ -164,6 +166,7 @@ class Run:
         self.log.write(trainer.clock, values)
         trainer.marks["records"] = self.log.records
         trainer.marks["logged_at"] = trainer.clock
+        self._saved_at = None  # a checkpoint of this step, written before, is of a run without this record
         if self._progress:
             self._progress.show(trainer.clock, values)
 
@@ -181,6 +184,7 @@ class Run:
         trainer.marks["evaluated_at"] = trainer.clock
         self.log.write_eval(trainer.clock, result)
         trainer.marks["eval_records"] = self.log.eval_records
+        self._saved_at = None
         if self._progress:
             self._progress.show(trainer.clock, {k: v for k, v in result.items() if not isinstance(v, list)})
 

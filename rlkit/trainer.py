@@ -518,6 +518,13 @@ def resume(run: str | Path, *, allow_changes: bool = False, **given: Any) -> Tra
     folder = Path(run)
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    if (folder / checkpoint.MANIFEST).exists():
+        place = checkpoint.resolve(folder)[1]
+        raise UserError(
+            f"{folder} is a checkpoint of the run {place}; resume that: `rlkit resume {place}`"
+            if place
+            else f"{folder} is a saved folder, not a run: it has nothing to go on from; resume the run that it is of"
+        )
     cls = registry.get(trainer_name(folder))
     edited = load_file(folder / "config.yaml")
     steps = edited.pop("steps", 0)

@@ -29,7 +29,7 @@ import rlkit
 from rlkit.cli import main
 from rlkit.errors import Stopped, UserError
 from rlkit.lm import models
-from rlkit.lm.bytes import byte_tokenizer
+from rlkit.lm.bytes import byte_tokenizer, character_tokenizer
 
 Row = dict[str, Any]
 
@@ -561,6 +561,30 @@ def test_rows_that_a_model_cannot_take(model: Path) -> None:
     )
 
 
+def test_a_reference_has_the_tokens_of_the_model(model: Path, tmp_path: Path) -> None:
+    """More tokens than the model's are no harm, others of the same numbers are; a folder without any says nothing."""
+    tokenizer: Any = byte_tokenizer()
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    character_tokenizer("abc").save_pretrained(tmp_path / "other")
+    for place in (model, tmp_path / "more", tmp_path, "nobody-at-all/nothing"):
+        models.check_same_tokens("ref_model", str(place), byte_tokenizer())
+    with pytest.raises(UserError) as caught:
+        models.check_same_tokens("ref_model", str(tmp_path / "other"), byte_tokenizer())
+    assert str(caught.value) == (
+        f"`ref_model`: {tmp_path / 'other'} has another tokenizer than the model: 3 tokens differ, such as token 3, "
+        "'a' there and '<|system|>' here; take a reference with the model's tokens"
+    )
+
+
+def test_attention_that_a_model_lacks() -> None:
+    tiny = tiny_llama()[0]
+    models.set_attention(tiny, "eager")
+    assert tiny.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match="`attn_implementation`: nonsense is not possible with this model: "):
+        models.set_attention(tiny, "nonsense")
+
+
 # --- templates and boundaries --------------------------------------------------------------------------------------
 
 
@@ -750,7 +774,7 @@ def test_a_reference_that_has_changed_before_it_was_read(
     with pytest.raises(Stopped):
         trainer.learn(2)
     saved_llama(tmp_path / "other", seed=2)
-    message = refused(capsys, "resume", tmp_path / "run", code=1)
+    message = refused(capsys, "resume", tmp_path / "run", "--allow-changes", code=1)
     assert "the reference is not the one that the run began with (weights " in message
     assert message.endswith("restore the model's folder, or start a new run")
     saved_llama(tmp_path / "other", seed=1)

@@ -278,6 +278,7 @@ CACHED: list[tuple[dict[str, Any], int]] = [  # fields, and how many of the six 
     ({"max_length": 40}, 0),
     ({"precision": "bf16"}, 0),
     ({"logits_memory": 1}, 0),
+    ({"attention": "eager"}, 0),
     ({"data": "chats"}, 0),
     ({"data": "chats"}, 6),
     ({"data": "chats", "chat_template": "mine"}, 0),
@@ -302,18 +303,20 @@ def test_the_cache_serves_equal_models_and_rows_only(
     found = []
     for given, _ in CACHED:
         fields = {**SGD, "per_device_train_batch_size": 6, **given}
-        start, data = fields.pop("model_seed", 0), chats if fields.pop("data", "") == "chats" else PAIRS
+        data = chats if fields.pop("data", "") == "chats" else PAIRS
+        seed, attention = fields.pop("model_seed", 0), fields.pop("attention", "sdpa")
+        start, again = (tiny_llama(seed, attn_implementation=attention)[0] for _ in range(2))
         fields["processing_class"] = byte_tokenizer(bos=fields.pop("bos", True))
         if "chat_template" in fields:
             fields["chat_template"] = CHAT_TEMPLATE.replace("bos_token", "bos_token ~ '!'")
         if "ref_model" in fields:
             fields["ref_model"] = tiny_llama(int(fields["ref_model"][-1]))[0]
         del fields["reference_cache"]
-        trainer: Any = rlkit.DPO(tiny_llama(start)[0], train_dataset=data, **fields)
+        trainer: Any = rlkit.DPO(start, train_dataset=data, **fields)
         trainer.learn(1)
         line = next(text for text in capsys.readouterr().err.splitlines() if text.startswith("reference"))
         found.append(int(line.split(": ")[1].split()[0]))
-        fresh: Any = rlkit.DPO(tiny_llama(start)[0], train_dataset=data, reference_cache=False, **fields)
+        fresh: Any = rlkit.DPO(again, train_dataset=data, reference_cache=False, **fields)
         fresh.learn(1)
         capsys.readouterr()
         same(weights(trainer), weights(fresh), atol=0)
@@ -329,6 +332,8 @@ def test_a_broken_cache_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert value is not None
         assert value.tolist() == [-1.0, -2.0]
         assert cache.get([key], [3]) == [None], "a row of another length is another row"
+        others = [row_key(np.arange(4, dtype=np.int32), np.array(m, bool)) for m in ([0, 1, 0, 1], [0, 1, 1, 0])]
+        assert cache.get(others, [2, 2]) == [None, None], "as is one whose trained tokens are others"
     with ReferenceCache({"weights": "x"}, tmp_path) as cache:
         assert cache.get([key], [2]) == [None]
     (path,) = [p for p in tmp_path.glob("*.sqlite") if _rows(p)]

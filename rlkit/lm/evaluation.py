@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlkit.lm.layout import Row
 from rlkit.lm.reference import sampled_kl
-from rlkit.rewards.text import TextRewards
 
 if TYPE_CHECKING:
     from rlkit.lm.trainer import LMTrainer
@@ -57,7 +56,7 @@ def samples(trainer: LMTrainer, seed: int, should_stop: Callable[[], bool]) -> d
     )
     record: dict[str, Any] = {"eval_completion_length": float(np.mean([len(t) for t in found.tokens]))}
     if config.eval_reward:
-        functions = TextRewards(config.eval_reward)
+        functions = trainer.eval_rewards
         scores = functions.score(asked, answered)
         record["eval_reward"] = float(np.nanmean(scores.total))
         if len(functions.names) > 1:

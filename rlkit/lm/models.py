@@ -45,7 +45,7 @@ def load_model(source: str, *, attn_implementation: str | None = None, what: str
     from transformers import AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    folder = _folder(what, source, "adapter_config.json", "config.json")
+    folder = folder_of(what, source, "adapter_config.json", "config.json")
     if folder is not None and is_adapter_folder(source):
         base = _base_of(what, folder, "CAUSAL_LM")
         model: Any = load_model(base, attn_implementation=attn_implementation, what=what)
@@ -80,7 +80,7 @@ def load_classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    folder = _folder(what, source, "adapter_config.json", "config.json")
+    folder = folder_of(what, source, "adapter_config.json", "config.json")
     adapter = folder if folder is not None and is_adapter_folder(source) else None
     base = source if adapter is None else _base_of(what, adapter, "SEQ_CLS")
     config = _tried(what, base, AutoConfig.from_pretrained)
@@ -128,7 +128,7 @@ def _base_of(what: str, folder: Path, task_type: str) -> str:
             "`rlkit.load(run).save(folder, merged=True)`"
         )
     try:
-        _folder(what, base)
+        folder_of(what, base)
     except UserError as error:
         raise UserError(f"`{what}`: the base model of the adapter in {folder} is gone: there is no {base}") from error
     return str(base)
@@ -198,7 +198,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    folder = _folder("tokenizer", source)
+    folder = folder_of("tokenizer", source)
     if folder is not None and not any((folder / name).exists() for name in _TOKENIZERS):
         raise UserError(
             f"`tokenizer`: {source} holds no tokenizer (tokenizer.json or the like); name the folder of the one that "
@@ -206,6 +206,43 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         )
     tokenizer: PreTrainedTokenizerBase = _tried("tokenizer", source, AutoTokenizer.from_pretrained)
     return tokenizer
+
+
+def check_same_tokens(what: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """See that a model in a local folder that brings a tokenizer was trained on the tokens of `tokenizer`.
+
+    Args:
+        what: the field that names the model, for messages.
+        source: its folder; a hub name, or a folder without tokenizer, is not looked at.
+
+    Raises:
+        UserError: an id that both have stands for different tokens.
+    """
+    folder = path_of(source)
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        return
+    own = {number: token for token, number in tokenizer.get_vocab().items()}
+    other = {number: token for token, number in load_tokenizer(source).get_vocab().items()}
+    differ = sorted(number for number in own.keys() & other.keys() if own[number] != other[number])
+    if differ:
+        first = differ[0]
+        raise UserError(
+            f"`{what}`: {source} has another tokenizer than the model: {len(differ):,} tokens differ, such as token "
+            f"{first}, {other[first]!r} there and {own[first]!r} here; take a reference with the model's tokens"
+        )
+
+
+def set_attention(model: nn.Module, implementation: str) -> None:
+    """Let a model that was given as an object use another attention of transformers.
+
+    Raises:
+        UserError: it does not have that one.
+    """
+    try:
+        unwrapped(model).set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"`attn_implementation`: {implementation} is not possible with this model: {reason}") from error
 
 
 def check_fits(model: nn.Module, what: str, highest: int, longest: int) -> None:
@@ -243,7 +280,7 @@ _TOKENIZERS = (
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def _folder(what: str, source: str, *needs: str) -> Path | None:
+def folder_of(what: str, source: str, *needs: str) -> Path | None:
     """The local folder that a name stands for; None for a name on the hub.
 
     Args:
@@ -252,7 +289,7 @@ def _folder(what: str, source: str, *needs: str) -> Path | None:
     Raises:
         UserError: a path that does not exist, or a folder without these files.
     """
-    path = _path(source)
+    path = path_of(source)
     if path.is_file():
         raise UserError(f"`{what}`: {source} is a file; expected a folder that `save_pretrained` wrote")
     if path.is_dir():
@@ -266,7 +303,8 @@ def _folder(what: str, source: str, *needs: str) -> Path | None:
     return None
 
 
-def _path(source: str) -> Path:
+def path_of(source: str) -> Path:
+    """The path that a text names; where `~` stands for nobody's home, the text as it is."""
     try:
         return Path(source).expanduser()
     except RuntimeError:  # the home of somebody unknown
@@ -314,7 +352,7 @@ def _weights(
     Raises:
         UserError: it cannot be loaded, or weights are absent, of another shape, or not finite.
     """
-    folder = _folder(what, source, "config.json")
+    folder = folder_of(what, source, "config.json")
     if folder is not None:
         check_files(what, folder)
     model, report = _tried(
@@ -373,7 +411,7 @@ def _tried(what: str, source: str, load: Any, *, trusts: bool = True, **kwargs: 
     logging.disable_progress_bar()
     if trusts:
         kwargs["trust_remote_code"] = False
-    path = _path(source)
+    path = path_of(source)
     try:
         return load(str(path) if path.exists() else source, **kwargs)
     except Exception as error:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -25,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlkit import processes
+from rlkit import checkpoint, processes
 from rlkit.buffer import LENGTH, Field, Ragged, RolloutBuffer
-from rlkit.config import dump_yaml, to_dict, validate
+from rlkit.config import dump_yaml, load_file, to_dict, validate
 from rlkit.envs import preferences
 from rlkit.errors import RlkitError, UserError, differences
 from rlkit.lm import embedded, evaluation, models, reference, sharding
@@ -39,14 +40,21 @@ from rlkit.lm.optimisation import make_optimizer, schedule
 from rlkit.lm.sample import Samples, Sampling, generate
 from rlkit.lm.tokens import Encoded, Encoder
 from rlkit.progress import Phase
+from rlkit.rewards.text import TextRewards
 from rlkit.rng import derive, permutation
 from rlkit.run import refuse_foreign
 from rlkit.signals import stop
-from rlkit.trainer import Batch, Trainer
+from rlkit.trainer import Batch, Trainer, to_dict_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ROWS_MADE_BY = (
+    "data", "eval_data", "eval_fraction", "map", "on_bad_row", "max_length", "truncation_mode", "boundary",
+    "completion_only", "assistant_only", "chat_template", "chat_template_kwargs", "split_special_tokens", "pairing",
+    "pairing_margin", "letters",
+)  # fmt: skip
+"""Fields that decide what is stored of the data when a run begins."""
 Columns = dict[str, Tensor]
 EMBEDDED = "letters"
 WINDOW = 32  # batches whose units are sorted by length together
@@ -564,10 +572,21 @@ class LMTrainer(Trainer):
 
     # Evaluation
 
+    def before_learning(self) -> None:
+        if self.config.eval_reward and self.config.eval_samples and self.can_evaluate():
+            _ = self.eval_rewards  # what cannot be found is said before the long phases
+
+    @cached_property
+    def eval_rewards(self) -> TextRewards:
+        """The functions of `eval_reward`, loaded once."""
+        return TextRewards(self.config.eval_reward)
+
     def can_evaluate(self) -> bool:
         return len(self.eval_units) > 0
 
     def why_no_evaluation(self, run: str) -> str:
+        if not len(self.units):
+            return "it is a saved folder, which holds no data: evaluate the run that it was saved from"
         return "it has no held-out data: train with `--eval_data FILE` or `--eval_fraction 0.05`"
 
     def evaluate(
@@ -777,9 +796,13 @@ class LMTrainer(Trainer):
         if merged and models.is_adapted(self.model):
             if self.sharded:
                 raise UserError("`merged`: save without it, then `rlkit.load(folder).save(other, merged=True)` alone")
-            self.processes.from_main(lambda: models.save_merged(self.model, self.tokenizer, path))
+            self.processes.from_main(lambda: self._save_merged(path))
             return path
         return self.write_checkpoint(path, self.inference_parts - {"buffer"})
+
+    def _save_merged(self, path: Path) -> None:
+        models.save_merged(self.model, self.tokenizer, path)
+        (path / "README.md").write_text(self.documents()["README.md"], encoding="utf-8")
 
     @classmethod
     def _restored(cls, config: Any, files: Mapping[str, Any], path: Path, objects: Mapping[str, Any]) -> Self:
@@ -790,6 +813,16 @@ class LMTrainer(Trainer):
         cls, path: Path, *, inference: bool = False, allow_changes: bool = False, **given: Any
     ) -> Self:
         self = super()._from_checkpoint(path, inference=inference, allow_changes=allow_changes, **given)
+        if not inference and allow_changes:
+            saved = load_file(path / "config.yaml")
+            made = {k: v for k, v in given.items() if k in ROWS_MADE_BY}
+            names = [k for k, v in to_dict_values(made).items() if saved.get(k) != v]
+            if names:
+                listed = ", ".join(f"`{name}`" for name in names)
+                processes.say(
+                    f"the rows were made when the run began, so a change of {listed} has no effect on them; for other "
+                    "rows start a new run from a checkpoint of this one"
+                )
         if not inference and not allow_changes:
             known = {key: value for key, value in self.identity.items() if key.endswith("files")}
             changed = differences({k: v for k, v in known.items() if k in self._sources()}, self._sources())
@@ -805,7 +838,11 @@ def _absolute(config: Any) -> Any:
     """`config` with local paths made absolute, so that the run can be resumed from any folder."""
     fields = [f for f in ("model", "tokenizer", "data", "eval_data", "ref_model") if getattr(config, f, None)]
     paths = {f: Path(getattr(config, f)).expanduser() for f in fields}
-    return dataclasses.replace(config, **{f: str(p.resolve()) for f, p in paths.items() if p.exists()})
+    places = {f: p.resolve() for f, p in paths.items() if p.exists()}
+    for field in {"model", "tokenizer", "ref_model"} & places.keys():  # a run stands for its newest checkpoint
+        if not (places[field] / "config.json").exists() and checkpoint.has_checkpoints(places[field]):
+            places[field] = checkpoint.newest(places[field])[0]
+    return dataclasses.replace(config, **{field: str(place) for field, place in places.items()})
 
 
 def _hold_out(data: preferences.TextData, fraction: float) -> tuple[preferences.TextData, preferences.TextData]:

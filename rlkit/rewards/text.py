@@ -170,12 +170,12 @@ class TextRewards:
         if not self._totals:
             return {}
         totals = np.concatenate(self._totals)
-        out = {"reward": _mean(totals), "reward_std": _std(totals)}
+        out = {"reward": mean_of(totals), "reward_std": _std(totals)}
         for function in self._functions:
             out |= {f"rewards/{function.name}/{key}": value for key, value in function.record.metrics().items()}
             function.record = _Record()
         out["rewards/unscored"] = float(np.isnan(totals).mean()) if len(totals) else math.nan
-        out |= {name: _mean(np.array(values)) for name, values in self._logged.items()}
+        out |= {name: mean_of(np.array(values)) for name, values in self._logged.items()}
         self._totals = []
         self._logged.clear()
         return out
@@ -510,7 +510,7 @@ class _Record:
         n = len(values) or math.nan
         p50, p95, longest = np.percentile(self.latency, [50, 95, 100])
         return {
-            "mean": _mean(values),
+            "mean": mean_of(values),
             "std": _std(values),
             "none": self.none / n,
             "errors": self.errors / n,
@@ -661,7 +661,8 @@ def _columns(
     return {name: list(values) for name, values in given.items()}
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_of(values: np.ndarray) -> float:
+    """Mean of (n,) values without the NaN among them; NaN where nothing is left."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else math.nan
 
