@@ -617,10 +617,7 @@ def prune(run: str | Path, keep: int) -> str | None:
                 doomed.append(folder)
             elif _looks_complete(folder):
                 kept.add(step)
-        for path in (Path(run) / "checkpoints").glob(".tmp-*"):
-            match = _TEMP.fullmatch(path.name)
-            if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
-                doomed.append(path)
+        doomed += abandoned(Path(run) / "checkpoints")
     except OSError as error:
         return f"could not look for old checkpoints: {error}"
     failures = []
@@ -630,6 +627,15 @@ def prune(run: str | Path, keep: int) -> str | None:
         except OSError as error:
             failures.append(f"could not delete {folder}: {error}")
     return "; ".join(failures) or None
+
+
+def abandoned(parent: Path, name: str = "*") -> list[Path]:
+    """Temporary folders of checkpoints called `name` (a glob) in `parent`, which processes that are gone left there.
+
+    Those of this process count, too: it is not in the middle of writing one.
+    """
+    found = [(path, _TEMP.fullmatch(path.name)) for path in sorted(parent.glob(f".tmp-{name}-*"))]
+    return [p for p, m in found if m and (int(m[1]) == os.getpid() or not psutil.pid_exists(int(m[1])))]
 
 
 def _looks_complete(folder: Path) -> bool:

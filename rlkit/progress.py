@@ -19,6 +19,10 @@ SHOWN = {
     "train/actor_loss": "actor",
     "train/ent_coef": "alpha",
     "loss": "loss",
+    "eval_loss": "held-out loss",
+    "eval_accuracy": "accuracy",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_reward": "reward",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import as_options, fingerprint, rlkit_command, wait_for
+from helpers import as_options, fingerprint, rlkit_command, tiny, wait_for
 from lm_zoo import PAIRS, saved_llama
 
 import rlkit
@@ -113,6 +113,31 @@ def test_every_evaluation_is_stopped_once(files: tuple[str, str], whole: Any, tm
         trainer, total = rlkit.resume(tmp_path / "run"), None
     trainer.learn()
     assert fingerprint(tmp_path / "run") == fingerprint(expected)
+
+
+def test_a_signal_while_the_embedded_start_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no run yet: exit code 75, no folder, and the same command begins anew."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    monkeypatch.setenv("RLKIT_CACHE", str(tmp_path / "cache"))
+    steps: list[Any] = []
+
+    def interrupt(*_: Any) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_optimizer_step_post_hook(interrupt)
+    try:
+        with pytest.raises(Stopped) as stopped:
+            tiny("dpo", out=str(tmp_path / "run"))
+    finally:
+        hook.remove()
+    assert (stopped.value.code, len(steps)) == (75, 3)
+    assert "stopped by SIGTERM while the embedded task's start was trained" in str(stopped.value)
+    assert not (tmp_path / "run").exists()
+    tiny("dpo", out=str(tmp_path / "run")).learn(3)
+    assert checkpoint.newest(tmp_path / "run")[0].name == "step-0000000003"
 
 
 def test_a_signal_from_outside_while_completions_are_scored(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from rlkit.progress import Phase
+import pytest
+
+from rlkit.progress import Phase, Progress
+
+
+def test_a_line_of_an_evaluation_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a pipe; what has no name there is left out."""
+    progress = Progress(10, 0, "updates")
+    progress.show(4, {"eval_loss": 0.51234, "eval_rewards/accuracies": 0.75, "eval_units": 3, "eval_kl": 0.1})
+    assert capsys.readouterr().out == "step 4/10  held-out loss 0.5123  accuracy 0.75\n"
 
 
 def test_a_long_phase_is_mentioned_every_few_seconds_and_a_short_one_never() -> None:

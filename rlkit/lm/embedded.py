@@ -18,11 +18,12 @@ import torch
 from rlkit import checkpoint, processes, registry
 from rlkit.config import Count, to_dict
 from rlkit.envs.letters import ALPHABET, Letters, answers, demonstrations, label, model_config, prompts
-from rlkit.errors import RlkitError, UserError
+from rlkit.errors import RlkitError, Stopped, UserError
 from rlkit.lm import models
 from rlkit.lm.bytes import character_tokenizer
 from rlkit.lm.reference_cache import cache_folder
 from rlkit.rng import derive
+from rlkit.signals import stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,10 +93,18 @@ def start_model(task: Task, seed: int) -> tuple[PreTrainedModel, PreTrainedToken
             eval_fraction=0.0,
             **SUPERVISED,
         )
-        trainer.learn(task.supervised_steps)
+        try:
+            trainer.learn(task.supervised_steps)
+        except Stopped as stopped:
+            name = stop.signal.name if stop.signal else "a signal"
+            raise Stopped(
+                f"stopped by {name} while the embedded task's start was trained: nothing of the run is lost; give the "
+                "same command again"
+            ) from stopped
     try:
         if checkpoint.verify(folder) is not None:  # nobody else was faster
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in (folder, *checkpoint.abandoned(folder.parent, folder.name)):
+                shutil.rmtree(path, ignore_errors=True)
             trainer.save(folder)
     except (OSError, RlkitError):  # a cache that cannot be written
         pass
