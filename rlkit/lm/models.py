@@ -102,7 +102,7 @@ def load_classifier(
 
 def is_adapter_folder(source: str) -> bool:
     """Whether a local folder holds an adapter of peft."""
-    return (_path(source) / "adapter_config.json").exists()
+    return (path_of(source) / "adapter_config.json").exists()
 
 
 def _base_of(what: str, folder: Path, task_type: str) -> str:
