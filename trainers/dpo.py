@@ -110,6 +110,7 @@ class DPO(PairTrainer):
     }  # fmt: skip
 
     def check(self) -> None:
+        super().check()
         config: DPOConfig = self.config
         if config.loss_weights and len(config.loss_weights) != len(config.loss_type):
             raise UserError(

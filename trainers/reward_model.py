@@ -144,8 +144,9 @@ class RewardModel(PairTrainer):
             )
         return opened
 
-    def load_model(self, source: str) -> nn.Module:
-        model, self._new = models.load_classifier(source, attn_implementation=self.config.attn_implementation)
+    def load_model(self, source: str, what: str = "model") -> nn.Module:
+        attention = self.config.attn_implementation
+        model, self._new = models.load_classifier(source, attn_implementation=attention, what=what)
         return model
 
     _new: Sequence[str] = ()

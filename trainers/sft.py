@@ -62,6 +62,8 @@ class SFT(LMTrainer):
             [data.records[r].prompt for r in wanted],
             [data.records[r].completions[_best(data.records[r])] for r in wanted],
             wanted,
+            [data.records[r].row for r in wanted],
+            data.name,
         )
         units.add({"completion": torch.tensor([row for row in rows if row is not None], dtype=torch.int64)})
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlkit.lm.layout import Row
 from rlkit.lm.reference import sampled_kl
+from rlkit.rewards.text import mean_of
 
 if TYPE_CHECKING:
     from rlkit.lm.trainer import LMTrainer
@@ -58,10 +59,10 @@ def samples(trainer: LMTrainer, seed: int, should_stop: Callable[[], bool]) -> d
     if config.eval_reward:
         functions = trainer.eval_rewards
         scores = functions.score(asked, answered)
-        record["eval_reward"] = float(np.nanmean(scores.total))
+        record["eval_reward"] = mean_of(scores.total)
         if len(functions.names) > 1:
-            means = np.nanmean(scores.values, axis=0)
-            record |= {f"eval_rewards/{n}/mean": float(m) for n, m in zip(functions.names, means, strict=True)}
+            columns = zip(functions.names, scores.values.T, strict=True)
+            record |= {f"eval_rewards/{name}/mean": mean_of(values) for name, values in columns}
     if config.eval_kl:
         rows = [
             Row(np.concatenate([p, y]), np.arange(len(p) + len(y)) >= len(p), len(p))

@@ -53,6 +53,8 @@ def open_model(trainer: LMTrainer, checkpoint: Path | None) -> Opened:
         model = trainer.load_model(start)
     if not isinstance(model, nn.Module) or not hasattr(models.unwrapped(model), "get_output_embeddings"):
         raise UserError(f"`model`: expected a causal language model of transformers, got {type(model).__name__}")
+    if trainer.given("model") is not None and config.attn_implementation is not None:
+        models.set_attention(model, config.attn_implementation)
     if tokenizer is None:
         source = config.tokenizer or start or getattr(models.unwrapped(model), "name_or_path", "")
         if not source:

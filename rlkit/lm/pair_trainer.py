@@ -37,6 +37,8 @@ class PairTrainer(LMTrainer):
                     [data.records[r].prompt for r, _ in needed],
                     [data.records[r].completions[k] for r, k in needed],
                     [r for r, _ in needed],
+                    [data.records[r].row for r, _ in needed],
+                    data.name,
                 ),
                 strict=True,
             )

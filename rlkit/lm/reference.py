@@ -121,7 +121,8 @@ def reference_model(trainer: LMTrainer) -> Iterator[nn.Module]:
     config, given = trainer.config, trainer.given("ref_model") or getattr(trainer.config, "ref_model", None)
     adapter_off = given is None and models.is_adapted(trainer.model) and trainer.identity.get("adapter") == "new"
     if isinstance(given, str):
-        model: nn.Module = trainer.load_model(given)
+        model: nn.Module = trainer.load_model(given, "ref_model")
+        models.check_same_tokens("ref_model", given, trainer.tokenizer)
     elif given is not None:
         model = given
     elif adapter_off or trainer.clock == 0:
@@ -133,6 +134,8 @@ def reference_model(trainer: LMTrainer) -> Iterator[nn.Module]:
     else:
         raise UserError("`ref_model`: the run began with a model given in Python: pass it again as `ref_model=`")
     own = model is trainer.model
+    if not own:
+        models.check_fits(model, "ref_model", *trainer.extent())
     with models.adapter_off(model) if adapter_off else nullcontext():
         found = models.weights_hash(model, adapter=not adapter_off)
         known = trainer.identity.setdefault("reference", found)

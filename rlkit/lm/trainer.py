@@ -214,6 +214,8 @@ class LMTrainer(Trainer):
             config.per_device_train_batch_size * config.gradient_accumulation_steps * self.processes.size
         )
         if self._saved is None:
+            if getattr(config, "ref_model", None):
+                models.folder_of("ref_model", config.ref_model, "config.json", "adapter_config.json")
             self.identity = {"start": models.weights_hash(self.model), **self._sources()}
             if opened.adapter_is_new:
                 self.identity["adapter"] = "new"
@@ -253,9 +255,9 @@ class LMTrainer(Trainer):
         """Columns of a unit: one row id of a completion for each branch, and what the loss needs besides."""
         return {name: Field(dtype=torch.int64) for name in self.branches}
 
-    def load_model(self, source: str) -> nn.Module:
-        """The model in a folder, or under a hub name."""
-        return models.load_model(source, attn_implementation=self.config.attn_implementation)
+    def load_model(self, source: str, what: str = "model") -> nn.Module:
+        """The model in a folder, or under a hub name; `what` is the field that names it."""
+        return models.load_model(source, attn_implementation=self.config.attn_implementation, what=what)
 
     def given(self, name: str) -> Any:
         """An object that the constructor got under this name, or None."""
@@ -302,6 +304,11 @@ class LMTrainer(Trainer):
         self.identity["data"] = data.fingerprint
         if held is None and config.eval_fraction > 0:
             data, held = _hold_out(data, config.eval_fraction)
+            if not data.records:
+                raise UserError(
+                    f"`eval_fraction`: {config.eval_fraction:g} holds out all {len(held.records):,} rows, so none of "
+                    f"{data.name} is left to train on; give a smaller one, or 0"
+                )
             if held.records:
                 self.notes.append(
                     f"held out for evaluation: {len(held.records):,} rows with {config.eval_fraction:.0%} of the "
@@ -309,10 +316,20 @@ class LMTrainer(Trainer):
                 )
         self.add_units(self.units, data)
         if not len(self.units):
-            raise UserError(f"`data`: no row of {data.name} can be trained on; {self.encoder.report.lines()[-1]}")
+            raise UserError(f"`data`: no row of {data.name} can be trained on; {self._why_empty()}")
         if held is not None and held.records:
             self.add_units(self.eval_units, held)
+            if not len(self.eval_units):
+                raise UserError(f"`eval_data`: no row of {held.name} can be evaluated; {self._why_empty()}")
+        models.check_fits(self.model, "model", *self.extent())
         self.notes += self.encoder.report.lines()
+
+    def _why_empty(self) -> str:
+        return (self.encoder.report.lines() or ["it has no completion to learn"])[-1]
+
+    def extent(self) -> tuple[int, int]:
+        """The largest token id of all completions, and the tokens of the longest one, prompt included."""
+        return max(int(row.max()) for row in self.completions["tokens"]), int(self.completions.lengths("tokens").max())
 
     def embedded_start(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """The model that the embedded task starts from."""
@@ -327,10 +344,19 @@ class LMTrainer(Trainer):
         raise NotImplementedError
 
     def add_completions(
-        self, prompts: Sequence[Any], completions: Sequence[Any], prompt_ids: Sequence[int]
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        prompt_ids: Sequence[int],
+        numbers: Sequence[int] | None = None,
+        source: str = "",
     ) -> list[int | None]:
-        """Tokenise and store completions; -> their row ids, None where truncation left nothing to train on."""
-        encoded = self.encoder.completions(list(prompts), list(completions))
+        """Tokenise and store completions; -> their row ids, None where truncation left nothing to train on.
+
+        Args:
+            numbers, source: rows of the data and its name, for messages; see `Encoder.completions`.
+        """
+        encoded = self.encoder.completions(list(prompts), list(completions), numbers=numbers, source=source)
         kept = [(i, e) for i, e in enumerate(encoded) if e is not None]
         ids = self.completions.add(
             {
@@ -352,6 +378,8 @@ class LMTrainer(Trainer):
             "model files": self.config.model,
             "data files": self.config.data,
             "eval_data files": self.config.eval_data,
+            "tokenizer files": self.config.tokenizer,
+            "ref_model files": getattr(self.config, "ref_model", None),
         }
         return {name: models.files_hash(Path(path)) for name, path in named.items() if path and Path(path).exists()}
 
@@ -489,6 +517,8 @@ class LMTrainer(Trainer):
             columns = self.columns(self.units, part)
             with self._dropout_noise(i), self._unsynchronised(last=i == len(parts) - 1):
                 loss, each = self.batch_loss(columns, totals)
+                if not loss.requires_grad:
+                    raise UserError("`model`: the loss depends on no weight that is trainable; see `requires_grad`")
                 (loss * (self.processes.size * counts)).backward()  # gradients are averaged over processes
             loss_sum += loss.detach() * counts
             for name, value in each.items():
@@ -498,6 +528,8 @@ class LMTrainer(Trainer):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         norm = sharding.whole(norm.detach())
+        if self.updates == 0 and not norm and loss_sum:
+            raise UserError("`model`: the first update would change nothing: no trainable weight has a gradient")
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if torch.isfinite(norm):
@@ -837,7 +869,7 @@ class LMTrainer(Trainer):
 def _absolute(config: Any) -> Any:
     """`config` with local paths made absolute, so that the run can be resumed from any folder."""
     fields = [f for f in ("model", "tokenizer", "data", "eval_data", "ref_model") if getattr(config, f, None)]
-    paths = {f: Path(getattr(config, f)).expanduser() for f in fields}
+    paths = {f: models.path_of(getattr(config, f)) for f in fields}
     places = {f: p.resolve() for f, p in paths.items() if p.exists()}
     for field in {"model", "tokenizer", "ref_model"} & places.keys():  # a run stands for its newest checkpoint
         if not (places[field] / "config.json").exists() and checkpoint.has_checkpoints(places[field]):
@@ -852,7 +884,8 @@ def _hold_out(data: preferences.TextData, fraction: float) -> tuple[preferences.
         return derive(0, "held out", json.dumps(record.prompt, sort_keys=True)) < fraction * 2**63
 
     parts = [[r for r in data.records if held(r) is side] for side in (False, True)]
-    train, rest = (dataclasses.replace(data, records=records) for records in parts)
+    names = f"{data.name}, less what `eval_fraction` holds out", f"{data.name}, the part that `eval_fraction` holds out"
+    train, rest = (dataclasses.replace(data, records=r, name=n) for r, n in zip(parts, names, strict=True))
     return train, rest
 
 
