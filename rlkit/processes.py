@@ -9,6 +9,7 @@ have to be called by all processes in the same order, or they wait for one anoth
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import warnings
@@ -133,7 +134,10 @@ class _Several(Processes):
 
     def _leave(self) -> None:
         if self._torch.distributed.is_initialized():
+            # A thread of the group that lets go of a tensor while the interpreter ends would abort the process.
+            gc.collect()
             self._torch.distributed.destroy_process_group()
+            gc.collect()
 
     def any(self, flag: bool) -> bool:
         votes = self._torch.tensor([int(flag)])

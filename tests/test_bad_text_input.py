@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,12 +211,12 @@ FILES: dict[str, tuple[str, bytes, list[str]]] = {
     "two BOS": (
         "a.jsonl",
         lines({"prompt": "<bos>p", "chosen": "a", "rejected": "b"}),
-        ["row 0 starts with two BOS tokens ('<bos>'): the text begins with it", "take it out of the text"],
+        ["{file}: row 0 starts with two BOS tokens ('<bos>'): the text begins with it", "take it out of the text"],
     ),
     "another role": (
         "a.jsonl",
         lines({"prompt": [{"role": "wizard", "content": "p"}], "chosen": "a", "rejected": "b"}),
-        ["row 0: the chat template failed: unknown role wizard, expected system, user or assistant"],
+        ["{file}: row 0: the chat template failed: unknown role wizard, expected system, user or assistant"],
     ),
     "too long": (
         "a.jsonl",
@@ -779,3 +781,93 @@ def test_a_reference_that_has_changed_before_it_was_read(
     assert message.endswith("restore the model's folder, or start a new run")
     saved_llama(tmp_path / "other", seed=1)
     assert main(["resume", str(tmp_path / "run")]) == 0
+
+
+def test_what_is_held_out(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything, all that has a preference, or rows that are all too long: which part it is, and what to change."""
+    file = tmp_path / "a.jsonl"
+    options = ["--model", model, "--data", file, "--eval_fraction"]
+    file.write_bytes(lines(*({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(3))))
+    for trainer in ("dpo", "sft"):
+        message = refused(capsys, *train(trainer), *options, "0.99")
+        assert message.startswith("`eval_fraction`: 0.99 holds out all 3 rows, so none of ")
+        assert message.endswith("give a smaller one, or 0")
+    scores = [{**ranked(1, 1 + (i == 0)), "prompt": f"p{i}"} for i in range(30)]
+    file.write_bytes(lines(*scores))
+    assert f"{file}, less what `eval_fraction` holds out: no pairs; in " in refused(capsys, *train(), *options, "0.2")
+    held = tmp_path / "held.jsonl"
+    held.write_bytes(lines({"prompt": "p" * 99, "chosen": "a", "rejected": "b"}))
+    message = refused(capsys, *train(), *options[:-1], "--max_length", "16", "--data", held, "--eval_data", file)
+    assert f"no row of {held} can be trained on; " in message
+    file.write_bytes(lines(*PAIRS))
+    message = refused(capsys, *train(), *options[:-1], "--max_length", "64", "--eval_data", held)
+    assert message.startswith(f"`eval_data`: no row of {held} can be evaluated; 2 of ")
+    assert "nothing trained is left and the row is not used at max_length=64; " in message
+
+
+def test_rows_and_models_that_do_not_fit(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, big, small, other = tmp_path / "a.jsonl", tmp_path / "big", tmp_path / "small", tmp_path / "other"
+    tokenizer: Any = byte_tokenizer()
+    tokenizer.add_tokens(["uncommonword"])
+    tokenizer.save_pretrained(big)
+    bare, _ = tiny_llama()
+    bare.resize_token_embeddings(100)
+    bare.save_pretrained(small)
+    shutil.copytree(model, other)
+    character_tokenizer("abcdefg").save_pretrained(other)
+    common = ["--model", model, "--data", file]
+    file.write_bytes(lines({"prompt": "p", "chosen": "uncommonword", "rejected": "b"}))
+    message = refused(capsys, *train(), *common, "--tokenizer", big)
+    assert "`model`: the tokenizer makes token 262 of the data, and the model has 262 (0 to 261)" in message
+    file.write_bytes(lines({"prompt": "p" * 300, "chosen": "a", "rejected": "b"}))
+    message = refused(capsys, *train(), *common)
+    assert "the longest row has 303 tokens, the model 256 positions; cut rows with `--max_length 256`" in message
+    file.write_bytes(lines(*PAIRS))
+    assert "`ref_model`: there is no ./absent" in refused(capsys, *train(), *common, "--ref_model", "./absent")
+    for reference, words in (
+        (small, "error: `ref_model`: the tokenizer makes token 127 of the data, and the model has 100 (0 to 99): "),
+        (
+            other,
+            f"error: `ref_model`: {other} has another tokenizer than the model: 7 tokens differ, such as token 3, ",
+        ),
+    ):
+        capsys.readouterr()
+        assert main([*map(str, [*train(), *common]), "--ref_model", str(reference)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_reward_that_never_applies(model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None for every completion is no value, and no warning of numpy's."""
+    (tmp_path / "no_text_rewards.py").write_text("def none(prompts, **columns): return [None] * len(prompts)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    trainer: Any = rlkit.DPO(
+        str(model), train_dataset=str(pairs), eval_dataset=str(pairs), eval_reward=("no_text_rewards:none",),
+        max_completion_length=3, device="cpu",
+    )  # fmt: skip
+    trainer.prepare(lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert math.isnan(trainer.evaluate()["eval_reward"])
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "sft", "reward_model"])
+def test_sharding_takes_several_processes(
+    trainer: str, model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, *train(trainer), "--model", model, "--data", pairs, "--fsdp")
+    assert "`fsdp` divides the model among processes: start several, `torchrun --nproc_per_node N " in message
+
+
+@pytest.mark.parametrize("option", ["tokenizer", "ref_model"])
+def test_resume_with_another_of(
+    option: str, model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "other")
+    options = ["--model", str(model), "--data", str(pairs), f"--{option}", str(tmp_path / "other"), "--out", "run"]
+    assert main([*train(), *options]) == 0
+    if option == "tokenizer":
+        byte_tokenizer(bos=False).save_pretrained(tmp_path / "other")
+    else:
+        saved_llama(tmp_path / "other", seed=2)
+    message = refused(capsys, "resume", "run", "--steps", "3")
+    assert re.search(rf"field +saved -> given\n +{option} files +'\w{{32}}' -> '\w{{32}}'", message)

@@ -667,3 +667,25 @@ def test_stop_and_resume_of_a_run_from_files(folder: str, rows: str, tmp_path: P
     done = run_rlkit("resume", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+def test_an_update_that_would_change_nothing_is_an_error() -> None:
+    """What is trainable takes no part in the loss, or passes no gradient on."""
+    model, tokenizer = tiny_llama()
+    model.requires_grad_(False)
+    model.model.norm.unused = torch.nn.Parameter(torch.ones(2))
+    trainer: Any = rlkit.DPO(model, train_dataset=PAIRS, processing_class=tokenizer, **SGD)
+    with pytest.raises(UserError, match="the loss depends on no weight that is trainable"):
+        trainer.learn(1)
+    trainer = dpo()
+    for layer in trainer.model.modules():
+        if hasattr(layer, "weight"):
+            layer.weight.register_hook(torch.zeros_like)
+    with pytest.raises(UserError, match="the first update would change nothing"):
+        trainer.learn(1)
+
+
+def test_attention_of_a_model_given_in_python() -> None:
+    assert dpo(attn_implementation="eager").model.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match="`attn_implementation`: nonsense is not possible with this model"):
+        dpo(attn_implementation="nonsense")
