@@ -280,8 +280,10 @@ def test_rows_of_the_reward_model_are_trls(kind: str, classifier: str) -> None:
     args: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length)
     data = Dataset.from_list(rows)
     theirs = list(RewardTrainer._prepare_dataset(SimpleNamespace(), data, make(), args, "train"))  # type: ignore[arg-type]
+    model: Any = load_classifier(classifier)[0]
+    model.resize_token_embeddings(len(make()))
     trainer: Any = rlkit.RewardModel(
-        classifier, train_dataset=rows, processing_class=make(), max_length=max_length, eval_fraction=0
+        model, train_dataset=rows, processing_class=make(), max_length=max_length, eval_fraction=0
     )
     tokens = trainer.completions["tokens"]
     for side in trainer.branches:
