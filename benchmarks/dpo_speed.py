@@ -282,16 +282,20 @@ def report(out: Path) -> str:
     def ratio(a: float, b: float) -> str:
         return f"{a / b:.2f}x" if a / b == a / b else "-"
 
+    def figure(value: float, form: str) -> str:
+        return format(value, form) if value == value else "-"
+
     lines, parts = [], []
     for (model, data, precision), sides in found.items():
         speed = {side: middle(sides[side], "pairs_per_second") for side in SIDES}
         memory = {side: middle(sides[side], "memory") for side in SIDES}
         lines.append(
             [
-                model, data, precision, f"{speed['rlkit']:.2f}", f"{speed['trl']:.2f}",
-                f"{speed['trl-precomputed']:.2f}",
+                model, data, precision, figure(speed['rlkit'], ".2f"), figure(speed['trl'], ".2f"),
+                figure(speed['trl-precomputed'], ".2f"),
                 ratio(speed['rlkit'], speed['trl']), ratio(speed['rlkit'], speed['trl-precomputed']),
-                ratio(speed['rlkit-ckpt'], speed['trl-ckpt']), f"{memory['rlkit']:.0f} / {memory['trl']:.0f}",
+                ratio(speed['rlkit-ckpt'], speed['trl-ckpt']),
+                " / ".join(figure(memory[side], ".0f") for side in ("rlkit", "trl")),
             ]
         )  # fmt: skip
         share = middle(sides["rlkit"], "reference_seconds") / middle(sides["rlkit"], "seconds")

@@ -452,8 +452,8 @@ def test_models(case: str, model: Path, pairs: Path, tmp_path: Path, capsys: pyt
     [
         ("weights cut off", "`reward`: {file}/model.safetensors is damaged or incomplete ("),
         ("pickled weights", "`reward`: cannot load {file}: refused: pytorch_model.bin is a pickle"),
-        ("a layer is absent", "{file} is no trained reward model: it lacks model.layers.1."),
-        ("another shape", f"{{file}}: {WEIGHT} has another shape than config.json makes it; copy the folder again"),
+        ("a layer is absent", "`reward`: cannot load {file}: its files lack model.layers.1."),
+        ("another shape", f"{{file}}: {WEIGHT} is (64, 5), config.json makes it (64, 32)"),
         ("NaN", f"`reward`: {{file}}: `{WEIGHT}` holds NaN or infinity"),
     ],
 )

@@ -423,45 +423,21 @@ def _load(source: str, tokenizer: Any) -> tuple[Any, Any, dict[str, Any] | None]
     Raises:
         UserError: it cannot be loaded, is no reward model, or was never trained as one.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
     from rlkit import checkpoint
     from rlkit.lm import models
 
-    path = Path(source).expanduser()
+    path = models.path_of(source)
     if not (path / "config.json").exists() and checkpoint.has_checkpoints(path):  # a run
         path, messages = checkpoint.newest(path)
         for message in messages:
             print(message, file=sys.stderr)
     place = str(path) if path.exists() else source
-    if path.is_dir():
-        models.check_files("reward", path)
-    safe = {"trust_remote_code": False}
-    try:
-        if models.is_adapter_folder(place):
-            # In float32, as it was trained, whatever the base model's files hold.
-            model, missing = models.load_classifier(place, what="reward")
-            model.eval()
-        else:
-            _one_label(AutoConfig.from_pretrained(place, **safe), source)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                place, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
-            )
-            if report["mismatched_keys"]:
-                name = min(name for name, *_ in report["mismatched_keys"])
-                raise UserError(f"{source}: {name} has another shape than config.json makes it; copy the folder again")
-            missing = sorted(report["missing_keys"])
-        if missing:
-            raise UserError(f"{source} is no trained reward model: it lacks {', '.join(missing)}")
-        models.check_finite("reward", source, model)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(place, **safe)
-        return model, tokenizer, _settings(path)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the library or the parser of a file raised
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"cannot load the reward model {source}: {reason}") from error
+    # A whole model as its files have it; an adapter in float32, as it was trained, whatever its base's files hold.
+    precision: Any = {} if models.is_adapter_folder(place) else {"dtype": "auto"}
+    model, missing = models.load_classifier(place, what="reward", **precision)
+    if missing:
+        raise UserError(f"{source} is no trained reward model: it lacks {', '.join(missing)}")
+    return model.eval(), models.load_tokenizer(place) if tokenizer is None else tokenizer, _settings(path)
 
 
 def _settings(place: Path) -> dict[str, Any] | None:
