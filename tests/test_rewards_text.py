@@ -650,7 +650,8 @@ def test_models_that_are_no_reward_models(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     found = message(lambda: TextRewards(str(tmp_path / "empty")))
     assert found == (
-        f"`reward`: cannot load {tmp_path / 'empty'}: it has no config.json; expected a folder that `save_pretrained` wrote"
+        f"`reward`: cannot load {tmp_path / 'empty'}: it has no config.json; expected a folder "
+        "that `save_pretrained` wrote"
     )
 
 
