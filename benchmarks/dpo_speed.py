@@ -7,7 +7,12 @@ precomputation. Loading and tokenising are left out on both sides. Before anythi
 loss of the same pairs under a policy that is not the reference, and it has to be the same.
 
 Sides: `rlkit`, `trl` (its default, reference on the fly), `trl-precomputed`, the first two with gradient checkpointing
-(`-ckpt`), and rlkit without one technique each (`-plain`: prompts not shared; `-ungrouped`: batches not by length).
+(`-ckpt`), rlkit without one technique each (`-plain`: prompts not shared; `-ungrouped`: batches not by length;
+`-logits`: the model's own logits instead of ours by blocks; `-blas`: PyTorch's matrix products), and `rlkit-cached`, a
+later run of the same model and pairs, whose reference is on disk.
+
+Precision bf16 is measured on every workload where its matrix products are the faster ones, and elsewhere on the
+smallest model with few pairs, which is enough to say that nobody should use it there.
 
 The arithmetic that the work takes at least, where every completion is computed after its prompt and nothing is padded,
 is counted as well, so that the table can say which share of the machine's matrix-product rate a side reaches.
@@ -35,7 +40,10 @@ PACKAGES = ("rlkit-trainers", "torch", "transformers", "trl", "numpy")
 MODELS = {"llama-5m-512": 128, "llama-5m-50k": 32, "stories260k": 128}
 """Model -> pairs of an epoch: enough that the first step's costs (memory, set-up) count little on the faster ones."""
 DATA = ("hh_harmless_base", "alpacaeval_pairs")
-SIDES = ("rlkit", "trl", "trl-precomputed", "rlkit-ckpt", "trl-ckpt", "rlkit-plain", "rlkit-ungrouped")
+MAIN = ("rlkit", "trl", "trl-precomputed")
+LESS = {"plain": "sharing prompts", "ungrouped": "batches by length", "logits": "our log-probs", "blas": "oneDNN"}
+SIDES = (*MAIN, "rlkit-ckpt", "trl-ckpt", *(f"rlkit-{less}" for less in LESS), "rlkit-cached")
+FEW = 16
 BATCH, MAX_LENGTH, REPEATS, THREADS = 8, 512, 3, 2
 
 
@@ -87,8 +95,9 @@ def rlkit_trainer(folder: str, rows: list[dict[str, str]], precision: str, side:
     return rlkit.DPO(
         folder, train_dataset=rows, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
         max_length=MAX_LENGTH, eval_fraction=0, boundary="common", device="cpu", precision=precision,
-        reference_cache=False, gradient_checkpointing=side.endswith("-ckpt"),
+        reference_cache=side.endswith("-cached"), gradient_checkpointing=side.endswith("-ckpt"),
         batching="plain" if side.endswith("-plain") else "auto", group_by_length=not side.endswith("-ungrouped"),
+        matmul="blas" if side.endswith("-blas") else "auto",
         **options,
     )  # fmt: skip
 
@@ -112,6 +121,13 @@ def trl_trainer(folder: str, rows: list[dict[str, str]], precision: str, side: s
     )  # fmt: skip
 
 
+def without_head() -> None:
+    """Let rlkit take the model's own logits."""
+    import rlkit.lm.trainer
+
+    rlkit.lm.trainer.find_head = lambda *args, **kwargs: None  # type: ignore[assignment]
+
+
 def arithmetic(trainer: Any) -> dict[str, float]:
     """Tokens of the pairs, and GFLOP of an epoch of DPO on them: 4 forward passes' worth (policy forward, its backward
     twice, reference) of 2 operations a weight and token, 2 a weight of the head and trained token, and 2 a hidden unit,
@@ -128,7 +144,7 @@ def arithmetic(trainer: Any) -> dict[str, float]:
     return {"tokens": tokens, "gflop": 4 * (2 * body * tokens + 2 * head * trained + 4 * seen) / 1e9}
 
 
-def check(model: str, data: str, precision: str = "float32") -> None:
+def check(model: str, data: str, precision: str) -> None:
     """Print both sides' mean loss of 16 pairs under a policy that is not the reference."""
     import torch
     from datasets import Dataset
@@ -159,7 +175,7 @@ def count(model: str, data: str, pairs: str) -> None:
         print(json.dumps(arithmetic(rlkit_trainer(folder, rows_of(data, int(pairs)), "float32", "rlkit"))))
 
 
-def run_one(model: str, data: str, side: str, pairs: int, precision: str = "float32") -> None:
+def run_one(model: str, data: str, side: str, pairs: int, precision: str) -> None:
     """One epoch; prints seconds, of them for the reference, and peak memory."""
     import torch
 
@@ -169,6 +185,11 @@ def run_one(model: str, data: str, side: str, pairs: int, precision: str = "floa
         build(model, Path(folder) / "model")
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if side.startswith("rlkit"):
+            os.environ["RLKIT_CACHE"] = str(Path(folder) / "cache")
+            if side.endswith("-logits"):
+                without_head()
+            if side.endswith("-cached"):
+                rlkit_trainer(str(Path(folder) / "model"), rows, precision, side).prepare(lambda: False)
             trainer = rlkit_trainer(str(Path(folder) / "model"), rows, precision, side)
             count = len(trainer.units)
             began = time.perf_counter()
@@ -204,21 +225,22 @@ def run_one(model: str, data: str, side: str, pairs: int, precision: str = "floa
     )
 
 
-def about(model: str, data: str, pairs: int) -> dict[str, Any]:
+def about(model: str, data: str, precision: str, pairs: int) -> dict[str, Any]:
     """Both sides' losses, which have to be equal up to rounding, and what the work takes."""
-    found = call("check", model, data)
-    if abs(found["rlkit"] - found["trl"]) > 1e-4 * abs(found["trl"]):
-        raise RuntimeError(f"{model} on {data}: the losses differ, {found}; nothing is timed")
+    found = call("check", model, data, precision)
+    if abs(found["rlkit"] - found["trl"]) > (1e-4 if precision == "float32" else 2e-2) * abs(found["trl"]):
+        raise RuntimeError(f"{model} on {data} at {precision}: the losses differ, {found}; nothing is timed")
     return {"loss_rlkit": found["rlkit"], "loss_trl": found["trl"], **call("count", model, data, str(pairs))}
 
 
-def matmul_rate() -> float:
-    """GFLOP/s of float32 matrix products here and now: what the machine could do."""
+def matmul_rate(precision: str) -> float:
+    """GFLOP/s of matrix products here and now: what the machine could do."""
     import torch
 
     torch.set_num_threads(THREADS)
-    a, times = torch.randn(1024, 1024), []
-    for _ in range(12):
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    a, times = torch.randn(1024, 1024, dtype=dtype), []
+    for _ in range(12 if precision == "float32" else 3):
         began = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - began)
@@ -246,25 +268,28 @@ def main(quick: bool = False) -> str:
         return f"needs the preference data and models under {SHARED}"
     out = RESULTS / ("dpo-speed-quick.csv" if quick else "dpo-speed.csv")
     where = machine(PACKAGES)
-    workloads = [(m, d) for m in MODELS for d in DATA][: 1 if quick else None]
-    facts: dict[tuple[str, str], dict[str, Any]] = {}
+    workloads = [(m, d, "float32", 16 if quick else pairs) for m, pairs in MODELS.items() for d in DATA]
+    if matmul_rate("bf16") > matmul_rate("float32"):
+        workloads += [(m, d, "bf16", pairs) for m, d, _, pairs in workloads]
+    else:
+        workloads.append(("stories260k", DATA[0], "bf16", FEW))
+    facts: dict[tuple[str, str, str], dict[str, Any]] = {}
     done: dict[tuple[str, ...], int] = defaultdict(int)
     for row in read(out):
-        done[row["model"], row["data"], row["side"]] += 1
-    rounds = [(repeat, SIDES[:3]) for repeat in range(1 if quick else REPEATS)]  # all sides see the machine's moods
-    for repeat, sides in rounds if quick else [rounds[0], (0, SIDES[3:]), *rounds[1:]]:
-        for model, data in workloads:
-            pairs = 16 if quick else MODELS[model]
+        done[row["model"], row["data"], row["precision"], row["side"]] += 1
+    rounds = [(repeat, MAIN) for repeat in range(1 if quick else REPEATS)]  # all sides see the machine's moods
+    for repeat, sides in rounds if quick else [rounds[0], (0, SIDES[len(MAIN) :]), *rounds[1:]]:
+        for model, data, precision, pairs in workloads[: 1 if quick else None]:
             for side in sides:
-                if done[model, data, side] > repeat:
+                if done[model, data, precision, side] > repeat:
                     continue
-                if (model, data) not in facts:
-                    facts[model, data] = about(model, data, pairs)
-                rate = matmul_rate()
-                result = call("run", model, data, side, str(pairs))
-                new = {"model": model, "data": data, "precision": "float32", "side": side, "repeat": repeat}
+                if (model, data, precision) not in facts:
+                    facts[model, data, precision] = about(model, data, precision, pairs)
+                rate = matmul_rate(precision)
+                result = call("run", model, data, side, str(pairs), precision)
+                new = {"model": model, "data": data, "precision": precision, "side": side, "repeat": repeat}
                 new |= {"pairs_per_second": round(result["pairs"] / result["seconds"], 4), **result}
-                new |= {"matmul_gflops": round(rate, 1), **facts[model, data]}
+                new |= {"matmul_gflops": round(rate, 1), **facts[model, data, precision]}
                 append(out, [{**new, "threads": THREADS, "batch": BATCH, "max_length": MAX_LENGTH, **where}])
     return report(out)
 
@@ -305,10 +330,10 @@ def report(out: Path) -> str:
         }  # fmt: skip
         first = {side: float(sides[side][0]["pairs_per_second"]) for side in SIDES if sides[side]}  # of one repeat
         whole = first.get("rlkit", float("nan"))
+        gains = [ratio(whole, first.get(f"rlkit-{less}", float("nan"))) for less in LESS]
         parts.append(
             [
-                model, data, precision, ratio(whole, first.get("rlkit-plain", float("nan"))),
-                ratio(whole, first.get("rlkit-ungrouped", float("nan"))), f"{share:.0%}",
+                model, data, precision, *gains, ratio(first.get("rlkit-cached", float("nan")), whole), f"{share:.0%}",
                 f"{float(sides['rlkit'][0]['tokens']) / middle(sides['rlkit'], 'seconds'):,.0f}",
                 " / ".join(f"{share:.0%}" for share in reached.values()),
             ]
@@ -318,19 +343,23 @@ def report(out: Path) -> str:
         "both checkpointed", "peak MiB, rlkit / TRL",
     )  # fmt: skip
     ablation = (
-        "model", "data", "precision", "sharing prompts", "batches by length", "time in the reference", "tokens/s",
+        "model", "data", "precision", *LESS.values(), "reference from disk", "time in the reference", "tokens/s",
         "share of the matrix-product rate, rlkit / TRL",
     )  # fmt: skip
     counts = sorted({len(members) for sides in found.values() for members in sides.values() if members})
     runs = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else f"{counts[0]} run" + "s" * (counts[0] > 1)
-    rate = np.median([float(r["matmul_gflops"]) for r in rows])
-    pairs = " or ".join(sorted({r["pairs"] for r in rows}))
+    rates = {
+        precision: np.median([float(r["matmul_gflops"]) for r in rows if r["precision"] == precision])
+        for precision in sorted({r["precision"] for r in rows})
+    }
+    rate = " and ".join(f"{value:.3g} GFLOP/s ({precision})" for precision, value in rates.items())
+    pairs = " or ".join(sorted({r["pairs"] for r in rows}, key=int))
     text = (
         f"{table(header, lines)}\n\nWhat each technique brings (speed with it over speed without, in the first run), "
         "where the time goes, and how near the arithmetic of unpadded rows comes to the machine's matrix products; "
         "with shared prompts it can pass 100 %.\n\n"
         f"{table(ablation, parts)}\n\nMedians of {runs} of {pairs} pairs; {rows[-1]['threads']} threads on "
-        f"{rows[-1]['cores']} cores of {rows[-1]['processor']}, matrix products at {rate:.0f} GFLOP/s; "
+        f"{rows[-1]['cores']} cores of {rows[-1]['processor']}, matrix products at {rate}; "
         f"{rows[-1]['versions']}\n"
     )
     out.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from rlkit._version import __version__
+from rlkit.products import preferred
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "safetensors", "tensorboard")
 EXTRAS = {"wandb": "wandb", "sbx-rl": "bench", "pytest": "dev"}
@@ -21,7 +22,8 @@ def report() -> Iterator[str]:
     yield f"rlkit {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "packages: " + ", ".join(f"{name} {_version(name) or 'absent'}" for name in PACKAGES)
     capability, memory = torch.backends.cpu.get_cpu_capability(), psutil.virtual_memory()
-    yield f"processor: {os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads, {capability}"
+    threads = f"{torch.get_num_threads()} PyTorch threads"
+    yield f"processor: {os.cpu_count()} cores, {threads}, {capability}, float32 products by {preferred()}"
     yield f"memory: {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

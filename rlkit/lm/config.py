@@ -99,6 +99,9 @@ class LMConfig(RunConfig):
     """Make batches of units of similar length; the order stays a function of seed and epoch."""
     logits_memory: Positive = 256.0
     """MiB of logits that exist at once."""
+    matmul: Literal["auto", "blas", "onednn"] = "auto"
+    """Library of float32 matrix products on a CPU: PyTorch's `blas`, or `onednn`, which `auto` takes on AMD processors
+    with AVX-512. Exact resumption needs the same one."""
     reference_cache: bool = True
     """Keep the reference's log-probs on disk, for later runs of the same model and rows."""
     checkpoint_every: Count = 500

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkit.errors import UserError, did_you_mean
+from rlkit.lm.attention import attended, masks
 from rlkit.lm.logps import (
     BUDGET,
     Head,
@@ -293,7 +294,7 @@ def _filled(cls: type[Layout], mode: Mode, items: list[_Completion], rows: list[
             start, prompt = at, tree[0].prompt
             end = start + prompt
             ids[r, start:end], positions[r, start:end] = tree[0].tokens[:prompt], np.arange(prompt)
-            for b, item in enumerate(tree):
+            for b, item in enumerate(sorted(tree, key=lambda item: -item.branch)):  # see `attention`
                 here = slice(end, end + item.branch)
                 ids[r, here] = item.tokens[prompt : prompt + item.branch]
                 positions[r, here] = np.arange(prompt, prompt + item.branch)
@@ -344,46 +345,7 @@ def _least_cost(lengths: np.ndarray, overhead: int, max_places: int | None) -> l
     return starts
 
 
-# Attention
-
-
-def masks(part: Part, config: Any, dtype: torch.dtype) -> Masks:
-    """What a model takes as `attention_mask`: None for `plain`, else additive (R, 1, L, L), 0 where a key is seen.
-
-    Where layers of the model differ (`layer_types` of its configuration) it is a dict by layer type. A sliding window
-    is counted in positions, not in places. Padding sees itself, so that no row of a softmax is empty.
-
-    Args:
-        config: the model's text configuration.
-        dtype: of the attention; hidden keys have its lowest finite number, which cannot turn into NaN as -inf does.
-    """
-    if part.mode == "plain":
-        return None
-    places = torch.arange(part.tree.shape[1], device=part.tree.device)
-    same_tree = part.tree[:, :, None] == part.tree[:, None, :]
-    same_branch = part.branch[:, :, None] == part.branch[:, None, :]
-    in_prompt = part.branch[:, None, :] < 0
-    seen = same_tree & (same_branch | in_prompt) & (places[:, None] >= places)
-    seen &= (part.tree >= 0)[:, None, :] | (places[:, None] == places)  # (R, query, key)
-    window = _window(config)
-    kinds = set(getattr(config, "layer_types", None) or ())
-
-    def additive(windowed: bool) -> Tensor:
-        visible = seen
-        if windowed and window is not None:
-            distance = part.position_ids[:, :, None] - part.position_ids[:, None, :]
-            visible = seen & (distance < window)
-        lowest = torch.finfo(dtype).min
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, lowest)[:, None]
-
-    if len(kinds) > 1:
-        return {kind: additive(kind == "sliding_attention") for kind in sorted(kinds)}
-    return additive(not kinds or kinds == {"sliding_attention"})
-
-
-def _window(config: Any) -> int | None:
-    window = getattr(config, "sliding_window", None)
-    return window if isinstance(window, int) and window > 0 else None
+# Running a model
 
 
 def inputs(part: Part, config: Any, dtype: torch.dtype) -> dict[str, Any]:
@@ -395,9 +357,6 @@ def inputs(part: Part, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         "position_ids": part.position_ids,
         "attention_mask": masks(part, config, dtype),
     }
-
-
-# Running a model
 
 
 def forward(
@@ -550,10 +509,9 @@ def check_causal(model: nn.Module, row: Row) -> float:
 def cheapest(model: nn.Module, rows: Sequence[Row], mode: Mode) -> Mode:
     """`mode`, or `plain` where sharing these rows' prompts costs more than it saves.
 
-    Sharing spares matrix products for the repeated prompt, but its masked attention computes every pair of a row's
-    tokens, of which `plain` rows compute half, and a row's branches do not see one another. So it pays for long prompts
-    with short completions. The estimate counts 2 operations a weight and token, and 4 a hidden unit, layer and pair of
-    tokens, these at ATTENTION times the price.
+    Sharing spares matrix products for the repeated prompt, but its attention computes pairs of tokens that do not see
+    each other, of a branch with another one. So it pays for long prompts with short completions. The estimate counts 2
+    operations a weight and token, and 4 a hidden unit, layer and pair of tokens, these at ATTENTION times the price.
     """
     if mode == "plain":
         return mode
@@ -562,12 +520,12 @@ def cheapest(model: nn.Module, rows: Sequence[Row], mode: Mode) -> Mode:
     embedding: nn.Module = causal_lm(model).get_input_embeddings()  # type: ignore[operator]
     weights = sum(p.numel() for p in causal_lm(model).parameters()) - sum(p.numel() for p in embedding.parameters())
 
-    def cost(which: Mode, causal: float) -> float:
-        lengths = Layout.build(rows, which).lengths.double()
-        pairs = float(lengths.square().sum()) * causal
-        return 2 * weights * float(lengths.sum()) + ATTENTION * 4 * hidden * layers * pairs
+    def cost(which: Mode) -> float:
+        layout = Layout.build(rows, which)
+        tokens, pairs = float(layout.lengths.sum()), float(attended(layout).sum())
+        return 2 * weights * tokens + ATTENTION * 4 * hidden * layers * pairs
 
-    return mode if cost("shared", 1.0) <= cost("plain", 0.5) else "plain"
+    return mode if cost("shared") <= cost("plain") else "plain"
 
 
 def verify(model: nn.Module, rows: Sequence[Row], mode: Mode, head: Head | None = None) -> float:

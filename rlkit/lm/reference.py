@@ -101,6 +101,7 @@ def _cache(trainer: LMTrainer) -> ReferenceCache:
         "precision": config.precision,
         "device": trainer.device.type,
         "threads": torch.get_num_threads(),
+        "matmul": trainer.matmul,
         "attention": models.unwrapped(trainer.model).config._attn_implementation,
         "batching": f"{config.batching}, {trainer.batching}",
         "logits_memory": config.logits_memory,

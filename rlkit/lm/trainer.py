@@ -39,6 +39,7 @@ from rlkit.lm.opening import Opened, open_model
 from rlkit.lm.optimisation import make_optimizer, schedule
 from rlkit.lm.sample import Samples, Sampling, generate
 from rlkit.lm.tokens import Encoded, Encoder
+from rlkit.products import library, onednn_products
 from rlkit.progress import Phase
 from rlkit.rewards.text import TextRewards
 from rlkit.rng import derive, permutation
@@ -182,6 +183,7 @@ class LMTrainer(Trainer):
         self.check()
         if config.fsdp and not self.sharded and self._saved is None:
             raise UserError("`fsdp` divides the model among processes: start several, `torchrun --nproc_per_node N …`")
+        self.matmul = library(config.matmul, self.device)
         opened = self.open_model(self._place)
         self.model, self.tokenizer = opened.model, opened.tokenizer
         if config.disable_dropout:
@@ -480,7 +482,8 @@ class LMTrainer(Trainer):
         self.head_checked = (
             find_head(self.model, torch.as_tensor(rows[0].tokens)[None].to(self.device).long()) is not None
         )
-        self.batching, reason = choose(self.model, rows, wanted, Head.of(self.model) if self.head_checked else None)
+        with self.products():
+            self.batching, reason = choose(self.model, rows, wanted, Head.of(self.model) if self.head_checked else None)
         if reason is not None:
             self.notes.append(reason)
 
@@ -506,7 +509,21 @@ class LMTrainer(Trainer):
             part = mine[start : start + size]
             yield (part, True) if len(part) else (ids[:1], False)
 
+    def products(self) -> AbstractContextManager[Any]:
+        """The context of forward and backward passes under the configured library of matrix products."""
+        return onednn_products() if self.matmul == "onednn" else nullcontext()
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context of forward passes under the configured precision and library of matrix products."""
+        with super().autocast(), self.products():
+            yield
+
     def update(self, batch: Batch) -> Mapping[str, Tensor]:
+        with self.products():
+            return self._update(batch)
+
+    def _update(self, batch: Batch) -> Mapping[str, Tensor]:
         config, ids = self.config, batch["unit"]
         totals = self.totals(self.units, ids)
         self.optimizer.zero_grad(set_to_none=True)
