@@ -6,7 +6,7 @@ figure of a machine). Both are exact to rounding; a run is repeated bit for bit 
 
     with onednn_products():
         loss = loss_of(model)
-        loss.backward()
+    loss.backward()
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,9 +56,15 @@ def library(wanted: Literal["auto", "blas", "onednn"], device: torch.device) -> 
 
 
 @contextmanager
-def onednn_products() -> Iterator[None]:
-    """Within, large float32 products on the CPU are oneDNN's, in forward passes and in their backward passes."""
-    if getattr(_thread, "inside", False):
+def onednn_products(*, anew: bool = False) -> Iterator[None]:
+    """Within, large float32 products on the CPU are oneDNN's, and so are those of their derivatives wherever these are
+    computed. What a backward pass computes anew does not see the context of its caller: see `recomputing`.
+
+    Args:
+        anew: enter also where this thread seems to be within already.
+    """
+    outside = not getattr(_thread, "inside", False)
+    if not (outside or anew):
         yield
         return
     _thread.inside = True
@@ -66,7 +72,17 @@ def onednn_products() -> Iterator[None]:
         with _Products():
             yield
     finally:
-        _thread.inside = False
+        _thread.inside = not outside
+
+
+def recomputing() -> Callable[[], AbstractContextManager[None]]:
+    """Makes the context in which a backward pass computes as it would be done here and now."""
+    return partial(onednn_products, anew=True) if getattr(_thread, "inside", False) else nullcontext
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of `torch.utils.checkpoint`: activations are recomputed by the library that computed them."""
+    return nullcontext(), recomputing()()
 
 
 _thread = threading.local()

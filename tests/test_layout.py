@@ -13,10 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_families import V, alone, batch, check_gradients, gradients, row, tiny
 from torch import Tensor
 
 from rlkit.errors import UserError
+from rlkit.lm import attention
 from rlkit.lm import layout as layout_module
+from rlkit.lm.attention import masks
 from rlkit.lm.layout import (
     MODES,
     TOLERANCE,
@@ -30,102 +33,11 @@ from rlkit.lm.layout import (
     first_fit_decreasing,
     forward,
     made_up,
-    masks,
     rows_of,
     supports,
     verify,
 )
-from rlkit.lm.logps import Head, text_config
-
-V, WINDOW = 61, 8
-
-
-def tiny(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model of a family with random weights, large enough that attention matters, in evaluation mode."""
-    import transformers as t
-
-    common = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    llama = {**common, "num_key_value_heads": 2, "intermediate_size": 40, "head_dim": 8, "max_position_embeddings": 256}
-    sliding = {"sliding_window": WINDOW}
-    mixed = {**sliding, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-    configs: dict[str, Any] = {
-        "llama": lambda: t.LlamaConfig(**llama),
-        "mistral": lambda: t.MistralConfig(**llama, **sliding),
-        "qwen2": lambda: t.Qwen2Config(**llama),
-        "qwen2 sliding": lambda: t.Qwen2Config(**llama, **sliding, use_sliding_window=True, max_window_layers=1),
-        "qwen3": lambda: t.Qwen3Config(**llama),
-        "qwen3 sliding": lambda: t.Qwen3Config(**llama, **sliding, use_sliding_window=True, max_window_layers=1),
-        "gemma2": lambda: t.Gemma2Config(**llama, **mixed, query_pre_attn_scalar=8),
-        "gemma3": lambda: t.Gemma3TextConfig(**llama, **mixed, query_pre_attn_scalar=8),
-        "cohere2": lambda: t.Cohere2Config(**llama, **mixed),
-        "gpt2": lambda: t.GPT2Config(vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=256),
-        "neox": lambda: t.GPTNeoXConfig(**common, intermediate_size=40, max_position_embeddings=256),
-        "phi3": lambda: t.Phi3Config(**llama, **sliding, pad_token_id=0),
-        "opt": lambda: t.OPTConfig(**common, ffn_dim=40, word_embed_proj_dim=32, max_position_embeddings=256),
-        "bloom": lambda: t.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
-        "falcon alibi": lambda: t.FalconConfig(**common, alibi=True),
-        "mamba": lambda: t.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
-        "gpt_neo": lambda: t.GPTNeoConfig(
-            vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["local", "global"], 1]],
-            window_size=WINDOW, max_position_embeddings=256,
-        ),
-        "bert": lambda: t.BertConfig(**common, intermediate_size=40, is_decoder=False),
-    }  # fmt: skip
-    config = configs[name]()
-    config.attn_implementation = attention if name != "gemma2" else "eager"
-    torch.manual_seed(seed)
-    model = t.AutoModelForCausalLM.from_config(config, attn_implementation=config.attn_implementation)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-    return model.to(dtype).eval()
-
-
-def row(generator: np.random.Generator, prompt: np.ndarray, length: int, holes: bool = False) -> Row:
-    tokens = np.concatenate([prompt, generator.integers(1, V, length)])
-    mask = np.arange(len(tokens)) >= len(prompt)
-    if holes:
-        mask &= generator.random(len(tokens)) < 0.6
-    return Row(tokens, mask, len(prompt))
-
-
-def batch(seed: int = 0) -> list[Row]:
-    """Trees of two, three and one branches, interleaved, paths longer than the window; holes; no prompt; one token."""
-    g = np.random.default_rng(seed)
-    a, b, c = (g.integers(1, V, n) for n in (13, 5, 21))
-    return [
-        row(g, a, 9), row(g, b, 14), row(g, a, 4), row(g, c, 1), row(g, b, 7, holes=True), row(g, c, 11),
-        row(g, b, 3), row(g, g.integers(1, V, 0), 12), row(g, g.integers(1, V, 17), 6, holes=True),
-        Row(a, np.zeros(13, dtype=bool), 13), Row(g.integers(1, V, 1), np.ones(1, dtype=bool), 0),
-    ]  # fmt: skip
-
-
-def alone(model: Any, rows: list[Row]) -> Tensor:
-    """The oracle: every completion by itself, no padding, no mask, positions or layout of ours."""
-    found = []
-    for tokens, mask, _ in rows:
-        ids = torch.as_tensor(tokens)[None]
-        logp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-        found += [logp[i - 1, ids[0, i]] for i in np.flatnonzero(mask) if i > 0]
-    return torch.stack(found)
-
-
-def gradients(model: Any, logp: Tensor) -> dict[str, Tensor]:
-    """Of a fixed weighting of the log-probabilities by every parameter."""
-    model.zero_grad()
-    (logp * torch.linspace(-1.0, 2.0, len(logp), dtype=logp.dtype)).sum().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Differences relative to the whole gradient: a few parameters (key biases) have gradient 0 but for rounding."""
-    assert found.keys() == expected.keys()
-    scale = torch.stack([g.norm() for g in expected.values()]).norm()
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= tolerance * max(gradient.norm(), 1e-2 * scale), name
-
+from rlkit.lm.logps import Head
 
 WORKING = [
     "llama", "mistral", "qwen2", "qwen2 sliding", "qwen3", "qwen3 sliding", "gemma2", "gemma3", "cohere2", "gpt2",
@@ -224,13 +136,13 @@ def test_temperature_and_entropy_are_those_of_the_models_logits() -> None:
 
 
 def test_a_small_layout_by_hand() -> None:
-    """prompt 1 2, branches 3 4 and 5 6 7: the last token of a branch is a target only."""
+    """prompt 1 2, branches 3 4 and 5 6 7, of which the longer comes first: its last token is a target only."""
     rows = [Row([1, 2, 3, 4], [0, 0, 1, 1], 2), Row([1, 2, 5, 6, 7], [0, 0, 1, 1, 1], 2)]
     shared = Layout.build(rows, "shared")
-    assert shared.input_ids.tolist() == [[1, 2, 3, 5, 6]]
-    assert shared.position_ids.tolist() == [[0, 1, 2, 2, 3]]
-    assert shared.branch.tolist() == [[-1, -1, 0, 1, 1]]
-    assert shared.place.tolist() == [1, 2, 1, 3, 4]  # both first tokens from the prompt's last hidden state
+    assert shared.input_ids.tolist() == [[1, 2, 5, 6, 3]]
+    assert shared.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert shared.branch.tolist() == [[-1, -1, 0, 0, 1]]
+    assert shared.place.tolist() == [1, 4, 1, 2, 3]  # both first tokens from the prompt's last hidden state
     assert shared.target.tolist() == [3, 4, 5, 6, 7]
     assert shared.completion.tolist() == [0, 0, 1, 1, 1]
     assert shared.offsets.tolist() == [0, 2, 5]
@@ -240,33 +152,6 @@ def test_a_small_layout_by_hand() -> None:
     assert plain.input_ids.tolist() == [[1, 2, 5, 6], [1, 2, 3, 0]]  # long rows first
     assert plain.row.tolist() == [1, 1, 0, 0, 0]
     assert plain.place.tolist() == [1, 2, 1, 2, 3]
-    mask = masks(shared, text_config(tiny("llama")), torch.float32)
-    assert isinstance(mask, Tensor)
-    seen = (mask[0, 0] == 0).int().tolist()
-    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
-    assert masks(plain, text_config(tiny("llama")), torch.float32) is None
-
-
-def test_windows_are_counted_in_positions() -> None:
-    """Window 2 and the layout above: 6 (position 3) sees 5 and itself; 5 (position 2) sees the prompt's 2, not 3."""
-    rows = [Row([1, 2, 3, 4], [0, 0, 1, 1], 2), Row([1, 2, 5, 6, 7], [0, 0, 1, 1, 1], 2)]
-    model = tiny("gemma3")
-    model.config.sliding_window = 2
-    found = masks(Layout.build(rows, "shared"), text_config(model), torch.float32)
-    assert isinstance(found, dict)
-    assert found.keys() == {"full_attention", "sliding_attention"}
-    seen = (found["sliding_attention"][0, 0] == 0).int().tolist()
-    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]
-    assert (found["full_attention"][0, 0] == 0).int().tolist()[4] == [1, 1, 0, 1, 1]
-
-
-def test_hidden_places_have_the_lowest_finite_number_of_the_dtype() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        mask = masks(Layout.build(batch(), "shared"), text_config(tiny("llama")), dtype)
-        assert isinstance(mask, Tensor)
-        assert mask.dtype == dtype
-        assert mask.unique().tolist() == [torch.finfo(dtype).min, 0.0]
-        assert (mask == 0).any(-1).all()  # every query, padding too, sees something
 
 
 def test_sharing_computes_every_prompt_once() -> None:
@@ -295,13 +180,13 @@ def ragged(draw: Any) -> list[Row]:
 def paths(layout: Any) -> Iterator[tuple[int, list[int], list[int]]]:
     """For every trained token in order: its slot, and the ids and positions that its hidden state sees."""
     mask = masks(layout, type("Config", (), {})(), torch.float32)
-    for row, place, slot in zip(layout.row.tolist(), layout.place.tolist(), layout.slot.tolist(), strict=True):
+    for r, place, slot in zip(layout.row.tolist(), layout.place.tolist(), layout.slot.tolist(), strict=True):
         if mask is None:
             seen = torch.arange(layout.input_ids.shape[1]) <= place
         else:
             assert isinstance(mask, Tensor)
-            seen = mask[row, 0, place] == 0
-        yield slot, layout.input_ids[row, seen].tolist(), layout.position_ids[row, seen].tolist()
+            seen = mask[r, 0, place] == 0
+        yield slot, layout.input_ids[r, seen].tolist(), layout.position_ids[r, seen].tolist()
 
 
 @settings(max_examples=150, deadline=None)
@@ -531,7 +416,7 @@ def test_short_rows_alone_would_not_show_a_wrong_window(monkeypatch: pytest.Monk
     prompt = g.integers(1, V, 3)
     rows = [row(g, prompt, 3), row(g, prompt, 4)]
     model = tiny("mistral")
-    monkeypatch.setattr(layout_module, "_window", lambda config: None)
+    monkeypatch.setattr(attention, "_window", lambda config: None)
     assert verify(model, rows, "shared") > 5 * TOLERANCE
     monkeypatch.setattr(layout_module, "made_up", lambda *_: [])
     assert verify(model, rows, "shared") < TOLERANCE
@@ -605,9 +490,9 @@ def test_distributed_wrappers_hold_a_scorer(how: str) -> None:
 
 
 def test_sharing_is_chosen_where_it_is_cheaper() -> None:
-    """A prompt of 200 with branches of 4 tokens spares about half of all tokens, and has as many pairs of tokens as two
-    causal rows, 208^2 against 2 x 204^2 / 2. One of 2 with branches of 200 spares almost nothing, and has four times as
-    many pairs, 402^2 against 2 x 202^2 / 2.
+    """A prompt of 200 with branches of 4 tokens spares about half of all tokens, and pairs of tokens, too: 203^2 / 2 +
+    3 x 206 against 2 x 203^2 / 2. One of 2 with branches of 200 spares almost nothing, and has two and a half times as
+    many pairs, 201^2 / 2 + 199 x 400 against 2 x 201^2 / 2.
     """
     model = tiny("llama")
     rng = np.random.default_rng(0)

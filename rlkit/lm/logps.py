@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rlkit.errors import UserError
+from rlkit.products import checkpoint_contexts, recomputing
 
 BUDGET = 2**28
 """Default bytes of vocabulary-wide tensors alive at once."""
@@ -270,7 +271,7 @@ class _LinearLogps(torch.autograd.Function):
                 if job.keep:
                     kept = row
                 del row  # before the next block's is made
-        ctx.job, ctx.shape = job, hidden.shape
+        ctx.job, ctx.shape, ctx.recomputing = job, hidden.shape, recomputing()
         saved = (slope,) if job.ahead else (hidden, weight, bias, targets, logsumexp, entropies, kept)
         ctx.save_for_backward(*saved)
         if not job.entropy_grad:
@@ -295,7 +296,7 @@ class _LinearLogps(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), ctx.recomputing():
             x, w, b = _cast(job.dtype, hidden, weight, bias)
             for block in job.blocks(len(hidden)):
                 target = targets[block, None]
@@ -396,7 +397,7 @@ def _any_head(
     for i in range(0, n, rows):
         arguments = hidden[i : i + rows], targets[i : i + rows]
         if torch.is_grad_enabled():
-            parts.append(checkpoint(block, *arguments, use_reentrant=False))
+            parts.append(checkpoint(block, *arguments, use_reentrant=False, context_fn=checkpoint_contexts))
         else:
             parts.append(block(*arguments))
     logp = torch.cat([part[0] for part in parts])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rlkit.errors import CheckpointError, UserError, did_you_mean
 from rlkit.lm.sharding import divided_like, is_divided, whole
+from rlkit.products import checkpoint_contexts
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -428,7 +429,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     """Recompute activations in the backward pass."""
     base: Any = unwrapped(model)
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     if is_adapted(model):  # frozen embeddings give nothing that needs a gradient, which recomputation starts from
         base.enable_input_require_grads()
 

@@ -479,11 +479,11 @@ class LMTrainer(Trainer):
         count = min(len(self.units), 4)
         ids = torch.arange(count, device=self.device)
         rows = rows_of(self.columns(self.units, ids))
-        self.head_checked = (
-            find_head(self.model, torch.as_tensor(rows[0].tokens)[None].to(self.device).long()) is not None
-        )
         with self.products():
-            self.batching, reason = choose(self.model, rows, wanted, Head.of(self.model) if self.head_checked else None)
+            ids = torch.as_tensor(rows[0].tokens, device=self.device)[None].long()
+            head = Head.of(self.model) if find_head(self.model, ids) is not None else None
+            self.batching, reason = choose(self.model, rows, wanted, head)
+        self.head_checked = head is not None
         if reason is not None:
             self.notes.append(reason)
 
@@ -510,7 +510,7 @@ class LMTrainer(Trainer):
             yield (part, True) if len(part) else (ids[:1], False)
 
     def products(self) -> AbstractContextManager[Any]:
-        """The context of forward and backward passes under the configured library of matrix products."""
+        """The context of forward passes under the configured library of matrix products."""
         return onednn_products() if self.matmul == "onednn" else nullcontext()
 
     @contextmanager
@@ -520,10 +520,6 @@ class LMTrainer(Trainer):
             yield
 
     def update(self, batch: Batch) -> Mapping[str, Tensor]:
-        with self.products():
-            return self._update(batch)
-
-    def _update(self, batch: Batch) -> Mapping[str, Tensor]:
         config, ids = self.config, batch["unit"]
         totals = self.totals(self.units, ids)
         self.optimizer.zero_grad(set_to_none=True)
