@@ -408,7 +408,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "an adapter without a base": (as_adapter(), ["adapter_config.json of {file} names no base model", "name it there"]),
     "an adapter whose base is gone": (
         as_adapter(base="/no/such/model"),
-        ["the base model of the adapter in {file} is gone: there is no /no/such/model"],
+        ["the base model of the adapter in {file} is gone: there is no /no/such/model", "name the new place"],
     ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"),

@@ -447,6 +447,8 @@ def test_a_saved_folder_is_one_of_transformers(tmp_path: Path) -> None:
 
 
 def test_what_cannot_start_says_why(folder: str, rows: str, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
     def message(**fields: Any) -> str:
         with pytest.raises(UserError) as caught:
             rlkit.DPO(**{"model": folder, "train_dataset": rows, **fields})
@@ -461,11 +463,16 @@ def test_what_cannot_start_says_why(folder: str, rows: str, tmp_path: Path) -> N
     assert "did you mean `pairs.jsonl`?" in message(train_dataset=str(Path(rows).with_name("pair.jsonl")))
     assert "unknown key `bta`; did you mean `beta`?" in message(bta=0.1)
     assert "take their settings as keywords" in message(args=object())
+    lora = LoraConfig(task_type="CAUSAL_LM")
     frozen = load_model(folder).requires_grad_(False)
     assert "no weight of it is trainable" in message(model=frozen)
     assert "expected a causal language model of transformers" in message(model=torch.nn.Linear(2, 2))
     assert "no row of" in message(max_length=4)
     assert "`peft_config`" in message(use_peft=True, lora_target_modules=("nothing_of_that_name",))
+    assert "`lora_r` has no effect without `--use_peft`" in message(lora_r=4)
+    assert "`packing_length` has no effect without `--batching packed`" in message(packing_length=64)
+    assert "`weight_decay` has no effect without `--optim adamw`" in message(optim="sgd", weight_decay=0.1)
+    assert "with `peft_config` leave it out" in message(use_peft=True, peft_config=lora)
 
 
 def test_rows_of_wrong_kinds(folder: str) -> None:

@@ -16,7 +16,8 @@ from scipy.stats import chisquare, kstest
 from torch import nn
 
 from rlkit.errors import DivergenceError, UserError
-from rlkit.lm.sample import _DRAW, Samples, Sampling, _GumbelMax, evaluating, generate, require_full_support
+from rlkit.lm.logps import evaluating
+from rlkit.lm.sample import _DRAW, Samples, Sampling, _GumbelMax, generate, require_full_support
 
 VOCABULARY = 40
 PROMPTS = [np.array(p) for p in ([3], [5, 7, 2, 9, 11, 6, 1], [8, 8, 4], range(1, 21), [30, 31], [12, 5, 7, 7, 2])]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import annotated_types as limits
 
 from rlkit.config import Count, NonNegative, Positive, RunConfig, Whole
+from rlkit.errors import UserError
 from rlkit.lm import embedded
 
 
@@ -122,6 +124,24 @@ class LMConfig(RunConfig):
     """Estimate KL(policy || reference) on the sampled completions of evaluations."""
     letters: embedded.Task = field(default_factory=embedded.Task)
     """The embedded task, for `data: letters`."""
+
+
+def refuse_idle(config: LMConfig) -> None:
+    """Refuse options that would do nothing beside the others.
+
+    Raises:
+        UserError: naming the option and the one that it needs.
+    """
+    lora, adam = ("use_peft", config.use_peft), ("optim adamw", config.optim == "adamw")
+    needs = {
+        **dict.fromkeys(("lora_r", "lora_alpha", "lora_target_modules"), lora),
+        **dict.fromkeys(("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"), adam),
+        "packing_length": ("batching packed", config.batching == "packed"),
+    }
+    defaults = {one.name: one.default for one in dataclasses.fields(LMConfig)}
+    for name, (needed, given) in needs.items():
+        if not given and getattr(config, name) != defaults[name]:
+            raise UserError(f"`{name}` has no effect without `--{needed}`; add that, or leave `{name}` out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,8 @@ def _with_adapter(trainer: LMTrainer, model: Any, saved: Path | None) -> nn.Modu
     from peft import LoraConfig, PeftConfig
 
     config, modules = trainer.config, trainer.config.lora_target_modules
+    if trainer.given("peft_config") is not None and config.use_peft:
+        raise UserError("`use_peft` makes an adapter of the `lora_` fields; with `peft_config` leave it out")
     if saved is not None:
         lora = PeftConfig.from_pretrained(str(saved))
         lora.inference_mode = False

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkit.errors import DivergenceError, UserError
+from rlkit.lm.logps import evaluating
 from rlkit.rng import derive
 
 if TYPE_CHECKING:
@@ -209,18 +210,6 @@ def generate(
             if progress is not None:
                 progress(start + len(batch), len(rows))
     return Samples(np.repeat(np.arange(len(prompts), dtype=np.int64), k), tokens, logps, finished)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode; afterwards each of its modules is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager

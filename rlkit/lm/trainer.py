@@ -32,7 +32,7 @@ from rlkit.config import dump_yaml, load_file, to_dict, validate
 from rlkit.envs import preferences
 from rlkit.errors import RlkitError, UserError, differences
 from rlkit.lm import embedded, evaluation, models, reference, sharding
-from rlkit.lm.config import LMConfig
+from rlkit.lm.config import LMConfig, refuse_idle
 from rlkit.lm.layout import Layout, Mode, Row, Scorer, cheapest, choose, forward, rows_of
 from rlkit.lm.logps import Head, find_head
 from rlkit.lm.opening import Opened, open_model
@@ -180,6 +180,7 @@ class LMTrainer(Trainer):
 
     def build(self) -> None:
         config = self.config
+        refuse_idle(config)
         self.check()
         if config.fsdp and not self.sharded and self._saved is None:
             raise UserError("`fsdp` divides the model among processes: start several, `torchrun --nproc_per_node N …`")

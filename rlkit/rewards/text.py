@@ -359,7 +359,7 @@ class ModelReward:
         """
         import torch
 
-        from rlkit.lm.sample import evaluating
+        from rlkit.lm.logps import evaluating
 
         if self._encoder is not None:
             rows = [row.tokens.tolist() for row in self._encoder.completions(prompts, completions)]
