@@ -1,8 +1,8 @@
 """Float32 matrix products on a CPU through oneDNN instead of PyTorch's BLAS library.
 
 PyTorch multiplies float32 matrices with Intel's MKL, which does not use the AVX-512 units of AMD processors; oneDNN,
-which PyTorch brings along for other precisions, does (`rlkit bench dpo-speed` measures with and without). Both are exact
-to rounding; a run is repeated bit for bit only by the one that it was made with.
+which PyTorch brings along for other precisions, does (`rlkit bench dpo-speed` measures both). They differ by rounding,
+so a run is repeated bit for bit only by the one that it was made with.
 
     with onednn_products():
         loss = loss_of(model)

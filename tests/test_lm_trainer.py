@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -441,6 +443,41 @@ def test_a_saved_folder_is_one_of_transformers(tmp_path: Path) -> None:
         assert trainer.identity["data"] in card
     assert not (tmp_path / "saved" / "buffer.safetensors").exists()
     assert {p.suffix for p in (tmp_path / "saved").iterdir()} <= {".safetensors", ".json", ".yaml", ".md", ".jinja"}
+
+
+def test_rewards_of_evaluations_get_the_columns_of_the_data(folder: str, tmp_path: Path) -> None:
+    """`answer` of each held-out prompt, as TRL passes it; also in a run that was resumed."""
+    asked: list[dict[str, Any]] = []
+
+    def right(prompts: list[str], completions: list[str], answer: list[Any], **columns: Any) -> list[float]:
+        asked.append({"prompts": prompts, "answer": answer, **columns})
+        assert len(completions) == len(answer)
+        return [float(text == wanted) for text, wanted in zip(completions, answer, strict=True)]
+
+    rows = [{**pair, "answer": pair["chosen"].strip(), "source": {"page": n}} for n, pair in enumerate(PAIRS)]
+    rows[1].pop("answer")
+    options: dict[str, Any] = {"eval_samples": 4, "max_completion_length": 3, "eval_reward": ("columns_reward:right",)}
+    module = types.ModuleType("columns_reward")
+    module.right = right  # type: ignore[attr-defined]
+    sys.modules["columns_reward"] = module
+    try:
+        trainer: Any = rlkit.DPO(
+            folder, train_dataset=PAIRS, eval_dataset=rows, out=str(tmp_path / "run"), per_device_train_batch_size=2,
+            device="cpu", **options,
+        )  # fmt: skip
+        trainer.learn(1)
+        again: Any = rlkit.resume(tmp_path / "run")
+        again.evaluate()
+    finally:
+        del sys.modules["columns_reward"]
+    assert len(asked) == 3  # before, after, and resumed
+    for one, step in zip(asked, (0, 1, 1), strict=True):
+        numbers = [next(n for n, pair in enumerate(PAIRS) if pair["prompt"] == prompt) for prompt in one["prompts"]]
+        assert numbers == [0, 1, 2, 3]
+        assert one["answer"] == ["Blue, as the sea.", None, "4", "Good morning to you!"]
+        assert one["source"] == [{"page": n} for n in numbers]
+        assert all(isinstance(i, int) for ids in one["completion_ids"] for i in ids)
+        assert one["trainer_state"].global_step == step
 
 
 # Data and errors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from rlkit.lm.reference import sampled_kl
 from rlkit.rewards.text import mean_of
 
 if TYPE_CHECKING:
+    from rlkit.envs.preferences import TextData
     from rlkit.lm.trainer import LMTrainer
 
 EXAMPLES = 8  # sampled completions shown in eval.jsonl
@@ -46,9 +49,10 @@ def held_out(trainer: LMTrainer, count: int, should_stop: Callable[[], bool]) ->
 def samples(trainer: LMTrainer, seed: int, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
     """A completion for each of some held-out prompts: a few to read, their rewards, and KL(policy || reference)."""
     config = trainer.config
-    prompts = _prompts(trainer, config.eval_samples)
-    if not prompts:
+    found_prompts = _prompts(trainer, config.eval_samples)
+    if not found_prompts:
         return {}
+    ids, prompts = zip(*found_prompts, strict=True)
     found = trainer.generate(prompts, 1, seed=seed, should_stop=should_stop)
     if found is None:
         return None
@@ -58,7 +62,13 @@ def samples(trainer: LMTrainer, seed: int, should_stop: Callable[[], bool]) -> d
     record: dict[str, Any] = {"eval_completion_length": float(np.mean([len(t) for t in found.tokens]))}
     if config.eval_reward:
         functions = trainer.eval_rewards
-        scores = functions.score(asked, answered)
+        scores = functions.score(
+            asked,
+            answered,
+            _columns(trainer, ids),
+            completion_ids=[tokens.tolist() for tokens in found.tokens],
+            trainer_state=SimpleNamespace(global_step=trainer.clock, max_steps=trainer.target),
+        )
         record["eval_reward"] = mean_of(scores.total)
         if len(functions.names) > 1:
             columns = zip(functions.names, scores.values.T, strict=True)
@@ -73,13 +83,36 @@ def samples(trainer: LMTrainer, seed: int, should_stop: Callable[[], bool]) -> d
     return {**record, "samples": [{"prompt": p, "completion": c} for p, c in shown]}
 
 
-def _prompts(trainer: LMTrainer, count: int) -> list[np.ndarray]:
-    """The first `count` different prompts of the held-out units, as tokens."""
-    prompts: dict[bytes, np.ndarray] = {}
+def columns_of(data: TextData) -> dict[str, dict[str, Any]]:
+    """What the records have besides their texts, for reward functions: number of the record -> column -> value.
+
+    Columns whose values JSON cannot hold are left out; so are records without any.
+    """
+    found = {str(n): {k: v for k, v in r.columns.items() if _is_json(v)} for n, r in enumerate(data.records)}
+    return {n: columns for n, columns in found.items() if any(v is not None for v in columns.values())}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _columns(trainer: LMTrainer, ids: Sequence[int]) -> dict[str, list[Any]]:
+    """Columns of the held-out records `ids`, None where a record has none."""
+    rows = [trainer.held_columns.get(str(n), {}) for n in ids]
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _prompts(trainer: LMTrainer, count: int) -> list[tuple[int, np.ndarray]]:
+    """The first `count` different prompts of the held-out units: number of the record, tokens."""
+    prompts: dict[bytes, tuple[int, np.ndarray]] = {}
     for row in trainer.eval_units[trainer.branches[0]].tolist():
         if len(prompts) == count:
             break
         one = trainer.completions.rows([row])
         tokens = one["tokens"][0, : int(one["prompt_length"][0])].cpu().numpy()
-        prompts.setdefault(tokens.tobytes(), tokens)
+        prompts.setdefault(tokens.tobytes(), (int(one["prompt_id"][0]), tokens))
     return list(prompts.values())

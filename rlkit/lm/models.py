@@ -132,8 +132,8 @@ def _base_of(what: str, folder: Path, task_type: str) -> str:
         folder_of(what, base)
     except UserError as error:
         raise UserError(
-            f"`{what}`: the base model of the adapter in {folder} is gone: there is no {base}; where it moved, name the "
-            "new place in the folder's adapter_config.json (`base_model_name_or_path`)"
+            f"`{what}`: the base model of the adapter in {folder} is gone: there is no {base}; where it moved, "
+            "name the new place in the folder's adapter_config.json (`base_model_name_or_path`)"
         ) from error
     return str(base)
 

@@ -213,6 +213,7 @@ class LMTrainer(Trainer):
         self.batching: Mode = "plain"
         self.head_checked = False
         self.identity: dict[str, Any] = {}
+        self.held_columns: dict[str, dict[str, Any]] = {}
         self.units_per_step = (
             config.per_device_train_batch_size * config.gradient_accumulation_steps * self.processes.size
         )
@@ -324,6 +325,7 @@ class LMTrainer(Trainer):
             self.add_units(self.eval_units, held)
             if not len(self.eval_units):
                 raise UserError(f"`eval_data`: no row of {held.name} can be evaluated; {self._why_empty()}")
+            self.held_columns = evaluation.columns_of(held)
         models.check_fits(self.model, "model", *self.extent())
         self.notes += self.encoder.report.lines()
 
@@ -776,6 +778,7 @@ class LMTrainer(Trainer):
                 "batching": self.batching,
                 "head_checked": self.head_checked,
                 "identity": dict(self.identity),
+                "held_columns": dict(self.held_columns),
                 "units_per_step": self.units_per_step,
                 "batch": self._batch_fields(),
             },
@@ -798,7 +801,7 @@ class LMTrainer(Trainer):
     def _restore(self, state: Mapping[str, Any]) -> None:
         """What building needs to know of the saved state."""
         self.epoch, self.batching, self.head_checked = state["epoch"], state["batching"], state["head_checked"]
-        self.identity = dict(state["identity"])
+        self.identity, self.held_columns = dict(state["identity"]), dict(state["held_columns"])
         if state.get("batch") == self._batch_fields():  # other processes than before divide the same steps
             self.units_per_step = state["units_per_step"]
 
