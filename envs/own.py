@@ -92,6 +92,18 @@ class TrackedAdapter(VectorAdapter):
             if report["problem"]
         ]
 
+    def get_attr(self, name: str) -> list[Any]:
+        return list(self._venv.call("inner_attr", name))
+
+    def set_attr(self, name: str, value: Any, indices: Sequence[int]) -> None:
+        self._venv.call("set_inner_attr", name, value, indices)
+
+    def env_method(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]
+    ) -> list[Any]:
+        results = self._venv.call("inner_call", name, args, kwargs, indices)
+        return [results[i] for i in indices]
+
     def close(self) -> None:
         if self._owned:
             self._venv.close()

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -181,6 +181,21 @@ class TrackedEnv(gym.Wrapper):
         if (terminated or truncated) and isinstance(info, Mapping) and info.get("is_success") is not None:
             return self._obs, reward, bool(terminated), bool(truncated), {"is_success": bool(info["is_success"])}
         return self._obs, reward, bool(terminated), bool(truncated), {}
+
+    # - what others see of the environment within -
+
+    def inner_attr(self, name: str) -> Any:
+        """An attribute of the environment or of a wrapper around it."""
+        return self.env.get_wrapper_attr(name)
+
+    def set_inner_attr(self, name: str, value: Any, indices: Sequence[int]) -> None:
+        """Set an attribute where it is, or of the outermost wrapper, if this is one of `indices`."""
+        if self.index in indices:
+            self.env.set_wrapper_attr(name, value)
+
+    def inner_call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]) -> Any:
+        """Call a method of the environment or of a wrapper around it, if this is one of `indices`."""
+        return self.env.get_wrapper_attr(name)(*args, **kwargs) if self.index in indices else None
 
     def close(self) -> None:
         self.env.close()

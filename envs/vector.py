@@ -15,7 +15,7 @@ Returns and lengths of episodes are counted here, in float64; NaN and infinity a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,26 @@ class VectorAdapter:
 
     def close(self) -> None:
         """Close what was made here; environment objects of the user stay open."""
+
+    def get_attr(self, name: str) -> list[Any]:
+        """An attribute of every environment, of a wrapper around it if that has it.
+
+        An environment whose attributes or methods change how it goes on cannot be restored exactly in mid-episode.
+        """
+        raise self._closed_to(name)
+
+    def set_attr(self, name: str, value: Any, indices: Sequence[int]) -> None:
+        """Set an attribute of some environments."""
+        raise self._closed_to(name)
+
+    def env_method(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]
+    ) -> list[Any]:
+        """Call a method of some environments; -> what each returned."""
+        raise self._closed_to(name)
+
+    def _closed_to(self, name: str) -> UserError:
+        return UserError(f"`{name}`: the environments of a given vector environment are reached through that object")
 
     # - the interface -
 
@@ -247,6 +267,11 @@ class VectorAdapter:
         assert self.obs is not None  # set by `_restore`
         self._check_finite(self.obs, self.obs, np.zeros(n), None)
         return messages
+
+    @property
+    def last_action(self) -> NDArray[Any] | None:
+        """(n, *shape) of the last step, as the environments got it."""
+        return self._last_action
 
     # - shared parts -
 

@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import annotated_types as limits
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit import envs, registry, rewards
+from rlkit import envs, registry, rewards, sb3
 from rlkit.buffer import Field, RolloutBuffer, dtype_of
 from rlkit.config import Count, Fraction, Positive, RunConfig, Strict, Whole, merge, to_dict, validate
 from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatten_obs, space_from_json, space_to_json
@@ -146,6 +147,8 @@ class ControlTrainer(Trainer):
         self._spec = env if env is not None and not isinstance(env, str) else config.env
         self._eval_env = eval_env
         self._adapter: VectorAdapter | None = None
+        self._env_view: Any = None
+        self._last_step: tuple[Any, ...] = ()
         self._pending_env_state: Mapping[str, Any] | None = None
         if saved is not None and "spaces" in saved:
             self.observation_space = space_from_json(saved["spaces"]["observation"])
@@ -331,11 +334,14 @@ class ControlTrainer(Trainer):
         numpy_columns = {name: value.float().cpu().numpy() for name, value in columns.items()}
         rows = adapter.step(numpy_columns.pop("action"))
         taken = len(rows["reward"])
+        self._last_step = rows, rows["reward"], []
         if taken == 0:
             return 0
         rows |= {name: value[rows["env"]] for name, value in numpy_columns.items()}
+        episodes = adapter.pop_episodes()
+        self._last_step = rows, rows["reward"], episodes  # the reward before modules change it
         self.store(rows)
-        self.window.extend((e.return_, e.length, e.success) for e in adapter.pop_episodes())
+        self.window.extend((e.return_, e.length, e.success) for e in episodes)
         self.vector_steps += 1
         self.since_update += taken
         due = self.clock + taken > config.learning_starts and self.vector_steps % config.train_freq == 0
@@ -378,6 +384,45 @@ class ControlTrainer(Trainer):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = self.learning_rate
+
+    # Names that Stable-Baselines3's callbacks know; see `rlkit.sb3`
+
+    @property
+    def num_timesteps(self) -> int:
+        """Environment steps so far."""
+        return self.clock
+
+    @cached_property
+    def logger(self) -> Any:
+        """Stable-Baselines3's logger: `record(key, value)`, and `dump(step)` writes the run's records."""
+        return sb3.make_logger(self)
+
+    @property
+    def ep_info_buffer(self) -> deque[dict[str, float]]:
+        """Return `r` and length `l` of the last finished episodes."""
+        return deque(({"r": r, "l": n} for r, n, _ in self.window), maxlen=WINDOW)
+
+    def get_env(self) -> Any:
+        """The training environments as Stable-Baselines3's `VecEnv`: the given one, or a view that does not step."""
+        if self._env_view is None:
+            self._env_view = sb3.training_env(self, self._spec)
+        return self._env_view
+
+    def get_vec_normalize_env(self) -> Any:
+        """The `VecNormalize` around a given `VecEnv`, or None."""
+        return sb3.vec_normalize(self._spec)
+
+    def last_step(self) -> dict[str, Any]:
+        """The last step of all environments under Stable-Baselines3's names, for callbacks.
+
+        `actions` in the environments' units, `new_obs`, `rewards` and `dones`, a row each, and `infos`, which hold
+        `episode`, `terminal_observation`, `TimeLimit.truncated` and `is_success` at the end of an episode.
+        """
+        return sb3.last_step(self.env, *self._last_step)
+
+    def dump_logs(self) -> None:
+        """Write what `logger.record` was given."""
+        self.logger.dump(self.clock)
 
     # Acting
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rlkit import checkpoint, processes
+from rlkit.callbacks import Callbacks
 from rlkit.errors import RlkitError, Stopped, UserError
 from rlkit.metrics import RunLog
 from rlkit.progress import Progress
@@ -25,8 +26,6 @@ from rlkit.signals import stop
 
 if TYPE_CHECKING:
     from rlkit.trainer import Trainer
-
-Callback = Callable[["Trainer"], bool | None]
 
 
 def is_run(folder: Path) -> bool:
@@ -73,13 +72,13 @@ class Run:
         trainer: its clock, marks and configuration drive the schedules.
         folder: where files go; None keeps records in memory and skips evaluations and checkpoints.
         progress: show a progress bar (a terminal) or lines (a pipe).
-        callback: called with the trainer whenever the clock has advanced; False ends the run (from any process).
+        callbacks: have their turn whenever the clock has advanced; False ends the run (from any process).
     """
 
     def __init__(
-        self, trainer: Trainer, folder: Path | None, *, progress: bool = False, callback: Callback | None = None
+        self, trainer: Trainer, folder: Path | None, *, progress: bool = False, callbacks: Callbacks | None = None
     ) -> None:
-        self.trainer, self.folder, self.callback = trainer, folder, callback
+        self.trainer, self.folder, self.callbacks = trainer, folder, callbacks
         self.processes = trainer.processes
         self.config = trainer.config
         self.finished_by_callback = False
@@ -121,12 +120,14 @@ class Run:
                 self._evaluate()
             else:  # a signal may have cut an evaluation short: it belongs to the step that the run was saved at
                 self.tick()
+            if self.callbacks is not None:
+                self.callbacks.start()
             undo.pop_all()
         return self
 
     def advanced(self) -> None:
-        """Give the callback its turn: the clock has moved on."""
-        if self.callback is not None and self.callback(self.trainer) is False:
+        """Give the callbacks their turn: the clock has moved on."""
+        if self.callbacks is not None and not self.callbacks.step():
             self.finished_by_callback = True
 
     def tick(self) -> None:
@@ -242,6 +243,8 @@ class Run:
     ) -> None:
         try:
             if kind is None:
+                if self.callbacks is not None:
+                    self.callbacks.end()
                 self._finish()
         finally:
             if self._progress:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from rlkit import checkpoint, processes, registry
 from rlkit.buffer import RolloutBuffer
+from rlkit.callbacks import as_callbacks
 from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, validate
 from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
 from rlkit.metrics import Meter, RunLog, require_wandb
 from rlkit.rng import Streams, derive
-from rlkit.run import Callback, Run, open_folder, records, refuse_foreign, refuse_run
+from rlkit.run import Run, open_folder, records, refuse_foreign, refuse_run
 
 Batch = dict[str, Tensor]
 
@@ -161,7 +162,7 @@ class Trainer:
     def learn(
         self,
         total_timesteps: int | None = None,
-        callback: Callback | None = None,
+        callback: Any = None,
         progress_bar: bool = False,
     ) -> Self:
         """Train for `total_timesteps` more units of `counts`; without it, until the target of a resumed run.
@@ -169,15 +170,15 @@ class Trainer:
         With several environments the last vector step may pass the target by up to n_envs - 1 steps.
 
         Args:
-            callback: called as `callback(trainer)` whenever the clock has advanced; False ends the run.
+            callback: a function, called as `callback(trainer)` whenever the clock has advanced, or
+                Stable-Baselines3's callbacks, one or a list; False ends the run.
             progress_bar: show progress on standard output.
 
         Raises:
             Stopped: SIGINT or SIGTERM arrived; the state is saved when the trainer has a run folder.
             DivergenceError: a loss or gradient is not finite; the step was not taken.
         """
-        if callback is not None and not callable(callback):
-            raise UserError(f"`callback`: expected a function of the trainer, got {callback!r}")
+        callbacks = None if callback is None else as_callbacks(callback, self)
         if total_timesteps is not None:
             self.target = self.clock + _whole(total_timesteps)
         elif self.target == 0:
@@ -188,7 +189,7 @@ class Trainer:
         if self.folder is not None:
             folder, text = self.folder, dump_yaml(self.saved_config())
             self.processes.from_main(lambda: open_folder(folder, text))
-        with Run(self, self.folder, progress=progress_bar, callback=callback) as run:
+        with Run(self, self.folder, progress=progress_bar, callbacks=callbacks) as run:
             while not run.stopping and not self._done:
                 if self.owed < 1:
                     self.clock += self.collect()
@@ -231,6 +232,12 @@ class Trainer:
     def progress(self) -> float:
         """Fraction of the horizon behind us, in [0, 1]; the horizon is the first target and outlives extensions."""
         return min(1.0, self.clock / self.horizon) if self.horizon else 0.0
+
+    def record(self, values: Mapping[str, float], step: int) -> None:
+        """Add a record to the run's `metrics.jsonl`, CSV and boards; outside `learn` there is none to add to."""
+        if self.log is not None and values:
+            self.log.write(step, dict(values))
+            self.marks["records"] = self.log.records
 
     def metrics(self) -> dict[str, float]:
         """Means since the last record, for the log."""
