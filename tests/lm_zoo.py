@@ -34,12 +34,11 @@ def tiny_llama(seed: int = 0, **options: Any) -> tuple[Any, Any]:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=256,
             initializer_range=0.2,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **options,
+            **{"max_position_embeddings": 256, **options},
         )
         return LlamaForCausalLM(config), tokenizer
 

@@ -135,7 +135,10 @@ PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
     # learning, predicting, evaluating
     "no steps": (lambda: sac().learn(0), "`total_timesteps`: got 0; allowed: an integer >= 1"),
     "half steps": (lambda: sac().learn(1.5), "`total_timesteps`: got 1.5; allowed: an integer >= 1"),
-    "callback": (lambda: sac().learn(1, callback="eval"), "`callback`: expected a function of the trainer, got 'eval'"),
+    "callback": (
+        lambda: sac().learn(1, callback="eval"),
+        "`callback`: expected a function of the trainer, a callback of Stable-Baselines3",
+    ),
     "observation": (
         lambda: sac().predict(np.zeros(4)),
         "observation: expected shape (3,), or (n, *(3,)) for a batch, got (4,)",

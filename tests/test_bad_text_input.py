@@ -820,7 +820,7 @@ def test_rows_and_models_that_do_not_fit(model: Path, tmp_path: Path, capsys: py
     message = refused(capsys, *train(), *common, "--tokenizer", big)
     assert "`model`: the tokenizer makes token 262 of the data, and the model has 262 (0 to 261)" in message
     file.write_bytes(lines({"prompt": "p" * 300, "chosen": "a", "rejected": "b"}))
-    message = refused(capsys, *train(), *common)
+    message = refused(capsys, *train(), *common, "--max_length", "1024")
     assert "the longest row has 303 tokens, the model 256 positions; cut rows with `--max_length 256`" in message
     file.write_bytes(lines(*PAIRS))
     assert "`ref_model`: there is no ./absent" in refused(capsys, *train(), *common, "--ref_model", "./absent")

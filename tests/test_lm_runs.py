@@ -70,7 +70,7 @@ def test_steps_beyond_a_schedule_that_ended_at_0(sft: Path, capsys: pytest.Captu
 def test_changes_that_come_too_late_are_said(sft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.jsonl").write_text(json.dumps(PAIRS[0]) + "\n", encoding="utf-8")
     config = sft / "config.yaml"
-    text = config.read_text().replace("pairs.jsonl", "other.jsonl").replace("max_length: 1024", "max_length: 64")
+    text = config.read_text().replace("pairs.jsonl", "other.jsonl").replace("max_length: auto", "max_length: 64")
     config.write_text(text)
     assert main(["resume", str(sft), "--steps", "7", "--allow-changes"]) == 0
     said = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -478,6 +479,26 @@ def test_rewards_of_evaluations_get_the_columns_of_the_data(folder: str, tmp_pat
         assert one["source"] == [{"page": n} for n in numbers]
         assert all(isinstance(i, int) for ids in one["completion_ids"] for i in ids)
         assert one["trainer_state"].global_step == step
+
+
+def test_rows_are_cut_to_the_models_positions(folder: str) -> None:
+    """256 of them: longer rows are cut and said to be; samples are of prompts that leave room; else, TRL's 1024."""
+    long = [{"prompt": "p" * n, "chosen": " yes, very much so", "rejected": " no"} for n in (100, 240, 250, 130)]
+    options: dict[str, Any] = {"max_completion_length": 100, "eval_samples": 4, "device": "cpu"}
+    trainer: Any = rlkit.DPO(folder, train_dataset=long, eval_dataset=long, **options)
+    assert (trainer.max_length, trainer.config.max_length) == (256, "auto")
+    assert trainer.completions.lengths("tokens").max() == 256
+    assert any("at max_length=256" in note for note in trainer.notes)
+    assert "max_length is 256, the positions of the model" in trainer.notes
+    found = trainer.evaluate()  # before any update: the policy is the reference
+    assert found["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert [len(one["prompt"]) for one in found["samples"]] == [100, 130]
+    short: Any = rlkit.DPO(folder, train_dataset=PAIRS, eval_fraction=0, device="cpu")
+    assert not any("max_length" in note for note in short.notes)
+    with pytest.raises(UserError, match="together more than the model's 256 positions"):
+        rlkit.DPO(folder, train_dataset=long, eval_dataset=long, **{**options, "max_completion_length": 250}).evaluate()
+    roomy, tokenizer = tiny_llama(max_position_embeddings=4096)
+    assert rlkit.DPO(roomy, train_dataset=PAIRS, processing_class=tokenizer, eval_fraction=0).max_length == 1024
 
 
 # Data and errors

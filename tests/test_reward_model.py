@@ -239,8 +239,9 @@ def test_too_long_for_all_rows() -> None:
 # Adapters
 
 
-def adapted(language: str, rows: str, out: Path | None, **fields: Any) -> Any:
-    given = {"optim": "adamw", "learning_rate": 1e-2, "per_device_train_batch_size": 2, "use_peft": True, "lora_r": 2}
+def adapted(language: str, rows: str, out: Path | None, use_peft: bool = True, **fields: Any) -> Any:
+    given = {"optim": "adamw", "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    given |= {"use_peft": True, "lora_r": 2} if use_peft else {}
     return rlkit.RewardModel(
         language, train_dataset=rows, out=None if out is None else str(out), **{**SGD, **given, **fields}
     )

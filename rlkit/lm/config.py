@@ -34,8 +34,9 @@ class LMConfig(RunConfig):
     """Columns of the data by our names, as `prompt=question` pairs."""
     on_bad_row: Literal["error", "drop"] | None = None
     """What bad rows do; by default they are dropped and counted up to 1 %, and beyond that an error."""
-    max_length: Count | None = 1024
-    """Tokens of prompt and completion together; longer ones are cut."""
+    max_length: Count | Literal["auto"] | None = "auto"
+    """Tokens of prompt and completion together; longer ones are cut. `auto` is 1024, or the model's positions where
+    these are fewer; None cuts nothing."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
     """Which end of a long row stays; `drop` leaves long rows out."""
     boundary: Literal["error", "split", "common"] = "error"
@@ -115,7 +116,8 @@ class LMConfig(RunConfig):
     eval_episodes: Whole = 256
     """Held-out units of an evaluation; 0 turns evaluation off."""
     eval_samples: Whole = 4
-    """Held-out prompts with a sampled completion at each evaluation; `eval.jsonl` shows the first ones as `samples`."""
+    """Held-out prompts with a sampled completion at each evaluation, of those that leave the model room for one;
+    `eval.jsonl` shows the first ones as `samples`."""
     max_completion_length: Count = 128
     """Tokens of a sampled completion."""
     eval_reward: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlkit.lm.layout import Row
+from rlkit.lm.logps import positions
 from rlkit.lm.reference import sampled_kl
 from rlkit.rewards.text import mean_of
 
@@ -107,12 +109,18 @@ def _columns(trainer: LMTrainer, ids: Sequence[int]) -> dict[str, list[Any]]:
 
 
 def _prompts(trainer: LMTrainer, count: int) -> list[tuple[int, np.ndarray]]:
-    """The first `count` different prompts of the held-out units: number of the record, tokens."""
+    """The first `count` different prompts of the held-out units that leave room for a completion, or, where none does,
+    of all: number of the record, tokens."""
+    limit = positions(trainer.model)
+    room = math.inf if limit is None else limit - trainer.config.max_completion_length
+    if not (trainer.completions["prompt_length"][trainer.eval_units[trainer.branches[0]]] <= room).any():
+        room = math.inf  # sampling will say why it cannot
     prompts: dict[bytes, tuple[int, np.ndarray]] = {}
     for row in trainer.eval_units[trainer.branches[0]].tolist():
         if len(prompts) == count:
             break
         one = trainer.completions.rows([row])
         tokens = one["tokens"][0, : int(one["prompt_length"][0])].cpu().numpy()
-        prompts.setdefault(tokens.tobytes(), (int(one["prompt_id"][0]), tokens))
+        if len(tokens) <= room:
+            prompts.setdefault(tokens.tobytes(), (int(one["prompt_id"][0]), tokens))
     return list(prompts.values())

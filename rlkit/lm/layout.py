@@ -40,6 +40,7 @@ from rlkit.lm.logps import (
     entropy,
     evaluating,
     last_hidden,
+    positions,
     prompt_learning,
     text_config,
     token_logps,
@@ -612,9 +613,7 @@ def made_up(model: nn.Module, rows: Sequence[Row]) -> list[Row]:
     config: Any = text_config(model)
     names = ("sliding_window", "window_size", "attention_window_size", "sliding_window_size", "attention_chunk_size")
     windows = [w for name in names if isinstance(w := getattr(config, name, None), int)]
-    limits = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
-    positions = [p for name in limits if isinstance(p := getattr(config, name, None), int) and p > 0]
-    length = min([LONGEST_CHECK, max([64, *(2 * w for w in windows)]), *positions])
+    length = min(LONGEST_CHECK, max([64, *(2 * w for w in windows)]), positions(model) or LONGEST_CHECK)
     ids = np.unique(np.concatenate([np.asarray(row.tokens, dtype=np.int64) for row in rows]))
     generator = np.random.default_rng(derive(0, "layout", length))
     made = []

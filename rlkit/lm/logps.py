@@ -443,6 +443,16 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+
+
+def positions(model: nn.Module) -> int | None:
+    """Tokens of the longest row that the model's configuration allows, None where it names no limit."""
+    config = text_config(model)
+    found = [p for name in _POSITIONS if isinstance(p := getattr(config, name, None), int) and p > 0]
+    return min(found, default=None)
+
+
 def prompt_learning(model: nn.Module) -> bool:
     """Whether an adapter puts virtual tokens before the row (prompt or prefix tuning), which only its own call does."""
     configs = (getattr(wrapper, "active_peft_config", None) for wrapper in wrappers(model))

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rlkit.errors import CheckpointError, UserError, did_you_mean
+from rlkit.lm.logps import positions
 from rlkit.lm.sharding import divided_like, is_divided, whole
 from rlkit.products import checkpoint_contexts
 
@@ -260,7 +261,6 @@ def check_fits(model: nn.Module, what: str, highest: int, longest: int) -> None:
     Raises:
         UserError: an id beyond the model's vocabulary, or a row longer than its positions.
     """
-    config: Any = unwrapped(model).config.get_text_config()
     rows = unwrapped(model).get_input_embeddings().weight.shape[0]
     if highest >= rows:
         raise UserError(
@@ -268,11 +268,11 @@ def check_fits(model: nn.Module, what: str, highest: int, longest: int) -> None:
             "tokenizer and model do not belong together; name the right one, `--tokenizer FOLDER`"
             + (f", or another `--{what}`" if what != "model" else "")
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < longest:
+    limit = positions(model)
+    if limit is not None and limit < longest:
         raise UserError(
-            f"`{what}`: the longest row has {longest} tokens, the model {positions} positions; cut rows with "
-            f"`--max_length {positions}`, or take a model with more"
+            f"`{what}`: the longest row has {longest} tokens, the model {limit} positions; cut rows with "
+            f"`--max_length {limit}`, or take a model with more"
         )
 
 

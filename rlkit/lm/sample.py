@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkit.errors import DivergenceError, UserError
-from rlkit.lm.logps import evaluating
+from rlkit.lm.logps import evaluating, positions
 from rlkit.rng import derive
 
 if TYPE_CHECKING:
@@ -239,11 +239,11 @@ def _check(
         raise UserError(f"{len(keys)} keys for {len(prompts)} prompts")
     if model.config.is_encoder_decoder:
         raise UserError("the model has an encoder and a decoder; sampling needs a decoder-only model")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions(model)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {i} has no tokens; give it text or the tokenizer a BOS token")
-        if isinstance(limit, int) and 0 < limit < len(prompt) + sampling.max_new_tokens:
+        if limit is not None and limit < len(prompt) + sampling.max_new_tokens:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens and `max_completion_length` is {sampling.max_new_tokens}, "
                 f"together more than the model's {limit} positions; shorten one of them"

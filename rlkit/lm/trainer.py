@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from rlkit.errors import RlkitError, UserError, differences
 from rlkit.lm import embedded, evaluation, models, reference, sharding
 from rlkit.lm.config import LMConfig, refuse_idle
 from rlkit.lm.layout import Layout, Mode, Row, Scorer, cheapest, choose, forward, rows_of
-from rlkit.lm.logps import Head, find_head
+from rlkit.lm.logps import Head, find_head, positions
 from rlkit.lm.opening import Opened, open_model
 from rlkit.lm.optimisation import make_optimizer, schedule
 from rlkit.lm.sample import Samples, Sampling, generate
@@ -58,6 +58,7 @@ ROWS_MADE_BY = (
 """Fields that decide what is stored of the data when a run begins."""
 Columns = dict[str, Tensor]
 EMBEDDED = "letters"
+MAX_LENGTH = 1024  # tokens of a row under `max_length: auto`, as in TRL
 WINDOW = 32  # batches whose units are sorted by length together
 
 
@@ -273,13 +274,19 @@ class LMTrainer(Trainer):
         return self.config.model is None and self.config.data == EMBEDDED and "model" not in self._given
 
     @property
+    def max_length(self) -> int | None:
+        """Tokens to which rows are cut."""
+        wanted: int | Literal["auto"] | None = self.config.max_length
+        return min(MAX_LENGTH, positions(self.model) or MAX_LENGTH) if wanted == "auto" else wanted
+
+    @property
     def encoder(self) -> Encoder:
         """Text to tokens, with the run's template and truncation."""
         if not hasattr(self, "_encoder"):
             config = self.config
             self._encoder = Encoder(
                 self.tokenizer,
-                max_length=config.max_length,
+                max_length=self.max_length,
                 truncation_mode=config.truncation_mode,
                 boundary=config.boundary,
                 chat_template=config.chat_template,
@@ -327,7 +334,11 @@ class LMTrainer(Trainer):
                 raise UserError(f"`eval_data`: no row of {held.name} can be evaluated; {self._why_empty()}")
             self.held_columns = evaluation.columns_of(held)
         models.check_fits(self.model, "model", *self.extent())
-        self.notes += self.encoder.report.lines()
+        report = self.encoder.report
+        self.notes += report.lines()
+        too_long = report.truncated_completions or report.truncated_prompts or report.dropped
+        if too_long and config.max_length == "auto" and self.max_length != MAX_LENGTH:
+            self.notes.append(f"max_length is {self.max_length}, the positions of the model")
 
     def _why_empty(self) -> str:
         return (self.encoder.report.lines() or ["it has no completion to learn"])[-1]
@@ -647,6 +658,9 @@ class LMTrainer(Trainer):
             seed: of the sampled completions.
         """
         count = min(len(self.eval_units), episodes or self.config.eval_episodes)
+        self.prepare(should_stop)  # before any `learn` there may be no reference column yet
+        if self.processes.any(should_stop()):
+            return None
         self.model.eval()
         try:
             record = evaluation.held_out(self, count, should_stop)

@@ -405,12 +405,14 @@ class ModelReward:
         return ids
 
     def _check(self, row: int, length: int) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        from rlkit.lm.logps import positions
+
+        limit = positions(self.model)
         if not length:
             raise UserError(
                 f"row {row}: prompt and completion have no tokens that reward model `{self.__name__}` could see"
             )
-        if isinstance(limit, int) and 0 < limit < length:
+        if limit is not None and limit < length:
             raise UserError(
                 f"row {row} has {length} tokens, more than the {limit} positions of reward model `{self.__name__}`; "
                 "shorten the prompt or `max_completion_length`"
