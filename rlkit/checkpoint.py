@@ -535,8 +535,10 @@ def _refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(2)
     if path.suffix.lower() in _PICKLED or head == b"PK" or head[:1] == b"\x80":
+        zipped = f"; of Stable-Baselines3's SAC `rlkit convert {path}` makes such a folder" if head == b"PK" else ""
         raise CheckpointError(
-            f"refused: {path} looks like a pickle, and a pickle can run code; only folders written by `save` are read"
+            f"refused: {path} looks like a pickle, and a pickle can run code; only folders written by `save` are "
+            f"read{zipped}"
         )
     raise CheckpointError(f"{path} is a file; give the folder that holds {MANIFEST}")
 

@@ -305,6 +305,30 @@ def push(args: Sequence[str]) -> int:
     return 0
 
 
+def convert(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit convert", description="Turn an SAC that Stable-Baselines3 saved into rlkit's.")
+    parser.add_argument("file", metavar="SB3_ZIP")
+    parser.add_argument("--trust", action="store_true", help="the file comes from someone you trust")
+    parser.add_argument("--env", metavar="ID", help="its environment, which the file does not name")
+    parser.add_argument("--out", metavar="FOLDER", help="[default: the file's name without .zip]")
+    given = parse(parser, args)
+    if not given.trust:
+        raise UserError(
+            f"{given.file}: such files hold pickles. None of them is run, and weights are read by PyTorch's restricted "
+            "reader; convert files from people you trust nevertheless, and say so by `--trust`"
+        )
+    from rlkit.convert import from_sb3
+
+    out = Path(given.out or given.file.removesuffix(".zip"))
+    if out.exists():
+        raise UserError(f"{out} exists; choose another folder, `--out FOLDER`")
+    trainer, notes = from_sb3(given.file, given.env)
+    for note in notes:
+        _say(note)
+    print(trainer.save(out))
+    return 0
+
+
 def doctor(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit doctor", description="Versions, devices, and what is installed.")
     parser.add_argument("--determinism", action="store_true", help="run a tiny job twice and compare hashes")
@@ -327,6 +351,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (evaluate, "evaluate the newest checkpoint of a run"),
     "plot": (plot, "learning curves of one or several runs"),
     "data": (data, "`data inspect FILE`: counts, problems, token lengths, examples"),
+    "convert": (convert, "turn an SAC that Stable-Baselines3 saved into rlkit's"),
     "push": (push, "upload a language model to the Hugging Face hub"),
     "bench": (bench, "run a benchmark suite of a checkout"),
     "doctor": (doctor, "versions, devices and extras"),
