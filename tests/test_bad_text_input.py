@@ -223,7 +223,7 @@ FILES: dict[str, tuple[str, bytes, list[str]]] = {
         lines({"prompt": "p" * 1100, "chosen": "a", "rejected": "b"}),
         [
             "`data`: no row of {file} can be trained on; 2 of 2 completions: nothing trained is left",
-            "max_length=1024; 1152 holds 99 % of the rows whole, 1152 all of them",
+            "max_length=256; 1152 holds 99 % of the rows whole, 1152 all of them; 256 are the positions of the model",
         ],
     ),
 }

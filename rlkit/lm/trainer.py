@@ -334,14 +334,19 @@ class LMTrainer(Trainer):
                 raise UserError(f"`eval_data`: no row of {held.name} can be evaluated; {self._why_empty()}")
             self.held_columns = evaluation.columns_of(held)
         models.check_fits(self.model, "model", *self.extent())
+        self.notes += self._encoding()
+
+    def _encoding(self) -> list[str]:
+        """What became of the rows as tokens."""
         report = self.encoder.report
-        self.notes += report.lines()
+        lines = report.lines()
         too_long = report.truncated_completions or report.truncated_prompts or report.dropped
-        if too_long and config.max_length == "auto" and self.max_length != MAX_LENGTH:
-            self.notes.append(f"max_length is {self.max_length}, the positions of the model")
+        if too_long and self.config.max_length == "auto" and self.max_length != MAX_LENGTH:
+            lines[-1] += f"; {self.max_length} are the positions of the model"
+        return lines
 
     def _why_empty(self) -> str:
-        return (self.encoder.report.lines() or ["it has no completion to learn"])[-1]
+        return (self._encoding() or ["it has no completion to learn"])[-1]
 
     def extent(self) -> tuple[int, int]:
         """The largest token id of all completions, and the tokens of the longest one, prompt included."""
