@@ -95,6 +95,9 @@ class TrackedAdapter(VectorAdapter):
     def get_attr(self, name: str) -> list[Any]:
         return list(self._venv.call("inner_attr", name))
 
+    def is_wrapped(self, wrapper_class: type) -> list[bool]:
+        return list(self._venv.call("inner_is_wrapped", wrapper_class))
+
     def set_attr(self, name: str, value: Any, indices: Sequence[int]) -> None:
         self._venv.call("set_inner_attr", name, value, indices)
 

@@ -188,6 +188,15 @@ class TrackedEnv(gym.Wrapper):
         """An attribute of the environment or of a wrapper around it."""
         return self.env.get_wrapper_attr(name)
 
+    def inner_is_wrapped(self, wrapper_class: type) -> bool:
+        """Whether the environment has a wrapper of this class around it."""
+        env = self.env
+        while isinstance(env, gym.Wrapper):
+            if isinstance(env, wrapper_class):
+                return True
+            env = env.env
+        return False
+
     def set_inner_attr(self, name: str, value: Any, indices: Sequence[int]) -> None:
         """Set an attribute where it is, or of the outermost wrapper, if this is one of `indices`."""
         if self.index in indices:

@@ -134,6 +134,10 @@ class VectorAdapter:
         """
         raise self._closed_to(name)
 
+    def is_wrapped(self, wrapper_class: type) -> list[bool]:
+        """Whether each environment has a wrapper of this class around it."""
+        raise self._closed_to(wrapper_class.__name__)
+
     def set_attr(self, name: str, value: Any, indices: Sequence[int]) -> None:
         """Set an attribute of some environments."""
         raise self._closed_to(name)

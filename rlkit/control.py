@@ -334,12 +334,11 @@ class ControlTrainer(Trainer):
         numpy_columns = {name: value.float().cpu().numpy() for name, value in columns.items()}
         rows = adapter.step(numpy_columns.pop("action"))
         taken = len(rows["reward"])
-        self._last_step = rows, rows["reward"], []
+        episodes = adapter.pop_episodes()
+        self._last_step = rows, rows["reward"], episodes  # the reward before modules change it
         if taken == 0:
             return 0
         rows |= {name: value[rows["env"]] for name, value in numpy_columns.items()}
-        episodes = adapter.pop_episodes()
-        self._last_step = rows, rows["reward"], episodes  # the reward before modules change it
         self.store(rows)
         self.window.extend((e.return_, e.length, e.success) for e in episodes)
         self.vector_steps += 1
@@ -419,6 +418,22 @@ class ControlTrainer(Trainer):
         `episode`, `terminal_observation`, `TimeLimit.truncated` and `is_success` at the end of an episode.
         """
         return sb3.last_step(self.env, *self._last_step)
+
+    @property
+    def replay_buffer(self) -> RolloutBuffer:
+        """The buffer."""
+        return self.buffer
+
+    def save_replay_buffer(self, path: str) -> None:
+        """Refused: the checkpoints of a run hold the buffer.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"`save_replay_buffer` (to {path}): the checkpoints of a run folder hold the buffer; give the trainer "
+            "`out=` and `checkpoint_every=` instead"
+        )
 
     def dump_logs(self) -> None:
         """Write what `logger.record` was given."""

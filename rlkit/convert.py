@@ -59,7 +59,7 @@ def from_sb3(file: str | Path, env: str | None = None, **fields: Any) -> tuple[S
         elif name in data:
             notes.append(f"`{name}` cannot be read without unpickling; it is rlkit's default now")
     notes.append("`train_freq` cannot be read without unpickling; it is rlkit's default now")
-    config |= {"policy_kwargs": _networks(file, data, weights), "env": env, "device": "cpu", **fields}
+    config |= {"policy_kwargs": _networks(file, data, weights), "env": env, **fields}
     if config["env"] is None:
         notes.append("the file names no environment; give `--env ID` to evaluate it or to go on learning")
     saved = {"spaces": {name: space_to_json(space) for name, space in spaces.items()}}

@@ -165,7 +165,8 @@ def training_env(trainer: ControlTrainer, given: Any) -> VecEnv:
             return adapter.env_method(method_name, args, kwargs, list(self._get_indices(indices)))
 
         def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-            return [False for _ in self._get_indices(indices)]
+            found = adapter.is_wrapped(wrapper_class)
+            return [found[i] for i in self._get_indices(indices)]
 
         def reset(self) -> Any:
             raise refused("reset")

@@ -148,6 +148,11 @@ def test_checkpoints_lists_and_every_n_steps(tmp_path: Path) -> None:
     assert spy.events.count("step") == 60
 
 
+def test_the_buffer_is_in_the_runs_own_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the checkpoints of a run folder hold the buffer"):
+        sac().learn(20, callback=CheckpointCallback(10, str(tmp_path), save_replay_buffer=True))
+
+
 def test_callbacks_that_stop(tmp_path: Path) -> None:
     trainer = sac()
     trainer.learn(1000, callback=StopTrainingOnMaxEpisodes(max_episodes=2))
@@ -207,6 +212,8 @@ def test_the_environments_can_be_reached(workers: str) -> None:
                 assert self.training_env.get_attr("m") == [1.0, 2.0]
                 assert self.training_env.env_method("get_wrapper_attr", "m", indices=1) == [2.0]
                 assert self.training_env.num_envs == 2
+                assert self.training_env.env_is_wrapped(gym.wrappers.TimeLimit) == [True, True]
+                assert self.training_env.env_is_wrapped(gym.wrappers.ClipAction, indices=0) == [False]
                 with pytest.raises(UserError, match="the trainer steps them"):
                     self.training_env.reset()
             return True
@@ -226,7 +233,6 @@ def test_a_given_vec_env_is_the_training_env_and_its_normalisation_is_found(tmp_
     assert trainer.get_env() is venv
     assert trainer.get_vec_normalize_env() is venv
     assert np.array_equal(evaluation.obs_rms.mean, venv.obs_rms.mean)
-    CheckpointCallback(1, str(tmp_path), save_vecnormalize=True)
     trainer.learn(4, callback=CheckpointCallback(1, str(tmp_path), save_vecnormalize=True))
     assert any("vecnormalize" in p.name for p in tmp_path.iterdir())
     assert sac("Pendulum-v1").get_vec_normalize_env() is None
