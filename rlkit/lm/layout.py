@@ -61,8 +61,6 @@ ATTENTION = 3.0
 LONGEST_CHECK = 2048
 """Tokens of the longest made-up row that `verify` runs."""
 
-Masks = Tensor | dict[str, Tensor] | None
-
 
 class Row(NamedTuple):
     """One completion after its prompt.
