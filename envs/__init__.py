@@ -54,6 +54,7 @@ def make(
     vectorization_mode: str = "sync",
     env_kwargs: Mapping[str, Any] | None = None,
     timeout: float | None = 60.0,
+    rank: int = 0,
 ) -> VectorAdapter:
     """The adapter for `spec`.
 
@@ -65,6 +66,8 @@ def make(
         vectorization_mode: "sync", or "async" for a worker process per environment (ids and thunks).
         env_kwargs: keywords for `gymnasium.make` (ids only).
         timeout: seconds that a step or reset may take, None or 0 for no limit.
+        rank: of this process among those that step as many environments each; its own are numbered, and seeded, from
+            `rank` times their number on.
 
     Raises:
         UserError: an unknown id or keyword, a space that is not supported, options that conflict.
@@ -79,23 +82,23 @@ def make(
         raise UserError(f"timeout: {timeout} is negative; 0 or None is no limit")
     if isinstance(spec, (str, EnvSpec)):
         thunk = _thunk(spec, env_kwargs)
-        return TrackedAdapter([thunk] * n_envs, seed, workers=workers, timeout=seconds, make_single=thunk)
+        return TrackedAdapter([thunk] * n_envs, seed, workers=workers, timeout=seconds, make_single=thunk, rank=rank)
     if env_kwargs:
         raise UserError("env_kwargs are for environments given by id; this one is already made or made by its thunk")
     if _is_sb3(spec):
         _check_number(n_envs, spec.num_envs, "the VecEnv")
-        return SB3Adapter(spec, seed, timeout=seconds)
+        return SB3Adapter(spec, seed, timeout=seconds, rank=rank)
     if isinstance(spec, gym.vector.VectorEnv):
         _check_number(n_envs, spec.num_envs, "the VectorEnv")
-        return GymVectorAdapter(spec, seed, timeout=seconds, make_single=single(spec))
+        return GymVectorAdapter(spec, seed, timeout=seconds, make_single=single(spec), rank=rank)
     if isinstance(spec, gym.Env):
         _check_number(n_envs, 1, "an environment object")
         if workers:
             raise UserError('an environment object cannot move to a worker process: give a list of thunks for "async"')
-        return TrackedAdapter([lambda: spec], seed, timeout=seconds, owned=False)
+        return TrackedAdapter([lambda: spec], seed, timeout=seconds, owned=False, rank=rank)
     if isinstance(spec, Sequence) and spec and all(callable(thunk) for thunk in spec):
         _check_number(n_envs, len(spec), "the list of thunks")
-        return TrackedAdapter(list(spec), seed, workers=workers, timeout=seconds, make_single=single(spec))
+        return TrackedAdapter(list(spec), seed, workers=workers, timeout=seconds, make_single=single(spec), rank=rank)
     raise UserError(_not_an_env(spec))
 
 

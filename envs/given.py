@@ -32,14 +32,15 @@ class _GivenAdapter(VectorAdapter):
         seed: int,
         timeout: float,
         make_single: Callable[[], gym.Env] | None,
+        rank: int,
     ) -> None:
-        super().__init__(venv.num_envs, observation_space, action_space, seed, make_single)
+        super().__init__(venv.num_envs, observation_space, action_space, seed, make_single, rank)
         self._venv, self._timeout, self._resets = venv, timeout, 0
 
     def _next_seed(self) -> int:
         """Another seed for each whole reset, so that a resumed run does not repeat its first episodes."""
         self._resets += 1
-        return episode_seed(self.seed, self.num_envs, self._resets)
+        return episode_seed(self.seed, self.first + self.num_envs, self._resets)
 
     def _flat(self, obs: Any) -> NDArray[Any]:
         try:
@@ -53,15 +54,17 @@ class _GivenAdapter(VectorAdapter):
         try:
             return flatten_obs(self.raw_observation_space, obs)
         except (TypeError, ValueError, KeyError) as error:
-            raise EnvError(f"environment {env}: its final observation is not of its space: {error}") from error
+            raise EnvError(
+                f"environment {self.first + env}: its final observation is not of its space: {error}"
+            ) from error
 
     def _call(self, call: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return with_deadline(self._timeout, partial(getattr(self._venv, call), *args, **kwargs))
         except Hang:
             pipes = getattr(self._venv.unwrapped, "parent_pipes", getattr(self._venv.unwrapped, "remotes", ()))
-            silent = ", ".join(str(i) for i, pipe in enumerate(pipes) if pipe is not None and not pipe.poll())
-            who = f"environment {silent}" if silent else "the vector environment"
+            silent = [str(i) for i, pipe in enumerate(pipes, self.first) if pipe is not None and not pipe.poll()]
+            who = f"environment {', '.join(silent)}" if silent else "the vector environment"
             raise EnvError(
                 f"{who} did not return from {call} within {self._timeout:g} s; last actions {self._show_last()}"
             ) from None
@@ -70,7 +73,7 @@ class _GivenAdapter(VectorAdapter):
         except Exception as error:
             processes = getattr(self._venv.unwrapped, "processes", None)
             if processes and isinstance(error, (EOFError, OSError)):
-                lost = lost_worker(processes, self._last_action, f"in {call}")
+                lost = lost_worker(processes, self._last_action, f"in {call}", self.first)
                 if lost is not None:
                     raise lost from None
             raise EnvError(
@@ -102,6 +105,7 @@ class GymVectorAdapter(_GivenAdapter):
         *,
         timeout: float = 0.0,
         make_single: Callable[[], gym.Env] | None = None,
+        rank: int = 0,
     ) -> None:
         declared = (venv.metadata or {}).get("autoreset_mode")
         try:
@@ -112,7 +116,9 @@ class GymVectorAdapter(_GivenAdapter):
                 f'(metadata["autoreset_mode"] is {declared!r}); set it to a gymnasium.vector.AutoresetMode: NEXT_STEP, '
                 f"SAME_STEP or DISABLED"
             ) from None
-        super().__init__(venv, venv.single_observation_space, venv.single_action_space, seed, timeout, make_single)
+        super().__init__(
+            venv, venv.single_observation_space, venv.single_action_space, seed, timeout, make_single, rank
+        )
         self._resetting = np.zeros(self.num_envs, np.bool_)  # NEXT_STEP: where the next step is only a reset
 
     def _reset(self) -> NDArray[Any]:
@@ -150,8 +156,8 @@ class GymVectorAdapter(_GivenAdapter):
             one = None if final is None else final[i]
         if one is None or (present is not None and not present[i]):
             raise EnvError(
-                f'environment {i}: the vector environment resets in the same step, but info["final_obs"] has no final '
-                f"observation of the episode that ended"
+                f"environment {self.first + i}: the vector environment resets in the same step, but "
+                f'info["final_obs"] has no final observation of the episode that ended'
             )
         return self._flat_one(one, i)
 
@@ -161,8 +167,8 @@ class SB3Adapter(_GivenAdapter):
 
     kind = "sb3"
 
-    def __init__(self, venv: Any, seed: int = 0, *, timeout: float = 0.0) -> None:
-        super().__init__(venv, venv.observation_space, venv.action_space, seed, timeout, None)
+    def __init__(self, venv: Any, seed: int = 0, *, timeout: float = 0.0, rank: int = 0) -> None:
+        super().__init__(venv, venv.observation_space, venv.action_space, seed, timeout, None, rank)
 
     def _reset(self) -> NDArray[Any]:
         self._call("seed", self._next_seed())
@@ -180,7 +186,8 @@ class SB3Adapter(_GivenAdapter):
                 info = infos[i]
                 if "terminal_observation" not in info:
                     raise EnvError(
-                        f'environment {i}: info["terminal_observation"] is missing at the end of its episode'
+                        f'environment {self.first + i}: info["terminal_observation"] is missing at the end of its '
+                        "episode"
                     )
                 next_obs[i] = self._flat_one(info["terminal_observation"], i)
                 truncated[i] = bool(info.get("TimeLimit.truncated", False))

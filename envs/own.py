@@ -23,6 +23,7 @@ class TrackedAdapter(VectorAdapter):
         workers: True for worker processes.
         timeout: seconds that a `step` or `reset` of an environment may take; 0 for no limit.
         owned: False if the environments are objects of the user's, which `close` leaves open.
+        rank: of this process; see `rlkit.envs.make`.
     """
 
     kind = "tracked"
@@ -36,13 +37,14 @@ class TrackedAdapter(VectorAdapter):
         timeout: float = 0.0,
         make_single: Callable[[], gym.Env] | None = None,
         owned: bool = True,
+        rank: int = 0,
     ) -> None:
         self._owned = owned
-        makers = [Maker(thunk, i, timeout) for i, thunk in enumerate(thunks)]
+        makers = [Maker(thunk, i, timeout) for i, thunk in enumerate(thunks, start=rank * len(thunks))]
         self._venv: Local | Workers = Workers(makers, timeout) if workers else Local(makers)
         try:
             raw = self._venv.get_attr("raw_observation_space")[0]
-            super().__init__(len(makers), raw, self._venv.single_action_space, seed, make_single)
+            super().__init__(len(makers), raw, self._venv.single_action_space, seed, make_single, rank)
         except BaseException:
             self.close()
             raise
@@ -53,7 +55,8 @@ class TrackedAdapter(VectorAdapter):
     def _reset_where(self, which: NDArray[np.bool_], episode: NDArray[np.int64]) -> NDArray[Any]:
         """Start the given episodes where `which`; returns all observations, a new (n, dim)."""
         seeds = [
-            episode_seed(self.seed, i, int(episode[i])) if chosen else None for i, chosen in enumerate(which.tolist())
+            episode_seed(self.seed, self.first + i, int(episode[i])) if chosen else None
+            for i, chosen in enumerate(which.tolist())
         ]
         obs, _ = self._venv.reset(seed=seeds, options={"reset_mask": which})
         return np.array(obs)  # a copy: the vector environment keeps writing into its array
@@ -77,7 +80,7 @@ class TrackedAdapter(VectorAdapter):
         saved = [_replay_state(s) for s in entry(state, "envs", list)]
         if len(saved) != self.num_envs:
             raise CheckpointError(f"state of the environments: `envs` has {len(saved)} entries, not {self.num_envs}")
-        following = [episode_seed(self.seed, i, int(e) + 1) for i, e in enumerate(self._episode)]
+        following = [episode_seed(self.seed, self.first + i, int(e) + 1) for i, e in enumerate(self._episode)]
         self._venv.set_attr("replay_state", [{**s, "next_seed": n} for s, n in zip(saved, following, strict=True)])
         while True:
             reports = self._venv.call("continue_replay", REPLAY_CHUNK)
@@ -87,7 +90,7 @@ class TrackedAdapter(VectorAdapter):
         self.obs = np.stack([report["obs"] for report in reports])
         self._venv.set_observations(self.obs)
         return [
-            f"environment {i} cannot restore its state and was reset ({report['problem']})"
+            f"environment {self.first + i} cannot restore its state and was reset ({report['problem']})"
             for i, report in enumerate(reports)
             if report["problem"]
         ]
@@ -99,12 +102,12 @@ class TrackedAdapter(VectorAdapter):
         return list(self._venv.call("inner_is_wrapped", wrapper_class))
 
     def set_attr(self, name: str, value: Any, indices: Sequence[int]) -> None:
-        self._venv.call("set_inner_attr", name, value, indices)
+        self._venv.call("set_inner_attr", name, value, [self.first + i for i in indices])
 
     def env_method(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]
     ) -> list[Any]:
-        results = self._venv.call("inner_call", name, args, kwargs, indices)
+        results = self._venv.call("inner_call", name, args, kwargs, [self.first + i for i in indices])
         return [results[i] for i in indices]
 
     def close(self) -> None:

@@ -71,6 +71,7 @@ class VectorAdapter:
 
     Attributes:
         num_envs: n.
+        first: number of the first environment among those of all processes; messages and seeds go by that number.
         observation_space: flat `Box` (dim,); `raw_observation_space` is the environments' own.
         action_space: of one environment, `Box` or `Discrete`.
         scale: maps [-1, 1] to a `Box` of actions; None for `Discrete`.
@@ -89,8 +90,10 @@ class VectorAdapter:
         action_space: gym.Space[Any],
         seed: int,
         make_single: Callable[[], gym.Env] | None,
+        rank: int = 0,
     ) -> None:
         self.num_envs, self.seed, self.make_single = num_envs, seed, make_single
+        self.first = rank * num_envs
         self.raw_observation_space, self.action_space = observation_space, action_space
         self.observation_space = flat_space(observation_space)
         if not isinstance(action_space, (Box, Discrete)):
@@ -170,7 +173,7 @@ class VectorAdapter:
         Returns:
             A row per finished transition, at most n: `obs, next_obs` (dim,) in the dtype of the space; `action`,
             float32 as given (not clipped) or int64; `reward` float32; `terminated, truncated` bool; `episode` int64,
-            unique: number of the episode in its environment * n + `env`; `env` int64.
+            unique here: number of the episode in its environment * n + `env`; `env` int64, 0 … n - 1.
 
         Raises:
             EnvError: an environment failed or produced NaN or infinity; nothing of this step is returned.
@@ -297,7 +300,8 @@ class VectorAdapter:
             raise UserError(f"actions have shape {action.shape}, expected ({self.num_envs}, {self.scale.dim})")
         if not _finite(action):
             env, dim = np.argwhere(~np.isfinite(action))[0].tolist()
-            raise DivergenceError(f"the policy's action[{dim}] for environment {env} is {action[env, dim]}")
+            place = f"action[{dim}] for environment {self.first + env}"
+            raise DivergenceError(f"the policy's {place} is {action[env, dim]}")
         return action, self.scale.to_env(action)
 
     def _check_finite(
@@ -316,7 +320,7 @@ class VectorAdapter:
             env, dim = np.argwhere(~np.isfinite(wrong))[0].tolist()
             after = "" if wrong is next_obs and outcome is not None else " after reset"
             what, step = f"obs[{dim}] = {wrong[env, dim]}{after}", int(self._steps[env]) + (outcome is not None)
-        raise EnvError(f"env {env}, step {step}, {what}; last action {self._show_last(env)}")
+        raise EnvError(f"env {self.first + env}, step {step}, {what}; last action {self._show_last(env)}")
 
     def _show_last(self, env: int | None = None) -> str:
         if self._last_action is None:

@@ -44,6 +44,7 @@ class Workers(AsyncVectorEnv):
         self.parent_pipes: list[Any] = []
         self._owner, self._timeout, self._failed = os.getpid(), timeout, False
         self._last: NDArray[Any] | None = None
+        self._first = makers[0].index
         methods = multiprocessing.get_all_start_methods()
         # Not "fork": children would inherit threads' locks and the pipes of their siblings.
         context = "forkserver" if "forkserver" in methods else "spawn"
@@ -70,12 +71,14 @@ class Workers(AsyncVectorEnv):
                 None,
                 "while it made its environment; see its output above. Where that says `bootstrapping phase`, put the "
                 'script\'s code under `if __name__ == "__main__":`',
+                self._first,
             ) or EnvError(f"a worker process could not be started: {error!r}")
         if isinstance(error, RuntimeError) and "spaces" in str(error):
             return UserError(f"the environments differ in their spaces: {error}")
         if self.processes and self.processes[-1].pid is None:
+            last = self._first + len(self.processes) - 1
             return UserError(
-                f"environment {len(self.processes) - 1} cannot be sent to a worker process ({type(error).__name__}: "
+                f"environment {last} cannot be sent to a worker process ({type(error).__name__}: "
                 f'{error}); use vectorization_mode="sync" or make it from scratch in the thunk'
             )
         return EnvError(f"the worker processes could not be started: {type(error).__name__}: {error}")
@@ -110,12 +113,13 @@ class Workers(AsyncVectorEnv):
                 raise EnvError(str(error)) from None  # it comes from a worker, with the traceback in its text
             if isinstance(error, multiprocessing.TimeoutError):
                 silent = [i for i, pipe in enumerate(self.parent_pipes) if pipe is not None and not pipe.poll()]
+                who = ", ".join(str(self._first + i) for i in silent)
                 raise EnvError(
-                    f"environment {', '.join(map(str, silent))} did not return from {call} within {self._timeout:g} s "
+                    f"environment {who} did not return from {call} within {self._timeout:g} s "
                     f"and its worker process does not answer; last action {self._show_last(silent)}"
                 ) from None
             if isinstance(error, (EOFError, OSError)):
-                lost = lost_worker(self.processes, self._last, f"in {call}")
+                lost = lost_worker(self.processes, self._last, f"in {call}", self._first)
                 raise lost or EnvError(f"a worker process closed its connection in {call}: {error!r}") from None
             if isinstance(error, Exception):
                 raise EnvError(f"the worker processes failed in {call}: {type(error).__name__}: {error}") from error
@@ -162,8 +166,8 @@ class Workers(AsyncVectorEnv):
         _running.discard(self)
 
 
-def lost_worker(processes: Sequence[Any], last: NDArray[Any] | None, where: str) -> EnvError | None:
-    """The error for a worker process that died, or None if all of them live."""
+def lost_worker(processes: Sequence[Any], last: NDArray[Any] | None, where: str, first: int) -> EnvError | None:
+    """The error for a worker process that died, or None if all of them live; `first` is the first one's number."""
     multiprocessing.connection.wait([p.sentinel for p in processes if p.pid is not None], timeout=2.0)
     for i, process in enumerate(processes):
         code = process.exitcode if process.pid is not None else None
@@ -177,5 +181,5 @@ def lost_worker(processes: Sequence[Any], last: NDArray[Any] | None, where: str)
         else:
             how = f"ended (exit code {code}) {where}"
         action = "none yet" if last is None else show_action(last[i])
-        return EnvError(f"environment {i}: its worker process {how}; last action {action}")
+        return EnvError(f"environment {first + i}: its worker process {how}; last action {action}")
     return None

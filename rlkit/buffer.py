@@ -44,6 +44,7 @@ import psutil
 import torch
 
 from rlkit.errors import CheckpointError, UserError, did_you_mean, differences
+from rlkit.processes import here
 from rlkit.rng import permutation
 
 Array = npt.NDArray[Any]
@@ -629,6 +630,8 @@ def _name(dtype: torch.dtype) -> str:
 def memory_limit(device: str | torch.device = "cpu", held: int = 0) -> int:
     """Bytes that an allocation on `device` may have: `RLKIT_MEMORY_LIMIT` if set, else what is free there now.
 
+    Of several processes on a machine each may have an equal part of its free memory.
+
     Args:
         held: bytes that the allocation will give back, and which are therefore added to what is free.
     """
@@ -640,7 +643,7 @@ def memory_limit(device: str | torch.device = "cpu", held: int = 0) -> int:
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + held
     free = [psutil.virtual_memory().available, *cgroup_free(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]
-    return min(free) + held
+    return min(free) // here() + held
 
 
 def cgroup_free(membership: Path, root: Path) -> list[int]:

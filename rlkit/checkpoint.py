@@ -9,6 +9,9 @@ Nothing here writes or reads a pickle. A folder holds one or two files a part, a
 | `config.yaml` | a text part, as it is |
 | `manifest.json` | size and SHA-256 of each file, free metadata (`about`), and a hash of the manifest itself |
 
+**Several processes.** The main one writes the parts above. What others have for themselves is in parts named after
+their rank, `buffer-1` and `state-1`, each written by its owner; see `rlkit.trainer`.
+
 **Writing.** All files go to a hidden sibling folder and are fsynced, the manifest last; then the folder is renamed. A
 folder of the same name is moved aside first (`.old-NAME-1`) and deleted afterwards; between the two renames, and only
 there, the old one is found under that name by `newest` and `resolve`.
@@ -41,6 +44,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rlkit.errors import CheckpointError, UserError
+from rlkit.processes import Processes
 
 MANIFEST = "manifest.json"
 FORMAT = "rlkit checkpoint"
@@ -236,40 +240,58 @@ _DECODERS: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] =
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def save(folder: str | Path, parts: Mapping[str, Any], *, about: Mapping[str, Any]) -> Path:
+def save(
+    folder: str | Path, parts: Mapping[str, Any], *, about: Mapping[str, Any], processes: Processes | None = None
+) -> Path:
     """Write `parts` to `folder` so that it either appears complete or not at all; a checkpoint there is replaced.
 
     Args:
         folder: the folder to make; its parents are made too.
         parts: name -> state (see `encode`), or file name with a suffix -> text that is written as it is.
         about: JSON metadata (step, versions, time); read back by `load`, but not part of `content_hash`.
+        processes: who write it together, each the parts that it gives, under names of their own; the main one does the
+            rest. They have to see the same folder. Collective.
 
     Raises:
         TypeError, ValueError: a state or name that cannot be saved; nothing has been touched.
         UserError: `folder` exists and holds something else than a checkpoint.
         OSError: the disk is full or failed; what was there before is intact and the temporary folder is gone.
     """
-    files = _contents(parts)
+    group = Processes() if processes is None else processes
+    files: list[tuple[str, str, Iterable[Any]]] = []
+    group.together(lambda: files.extend(_contents(parts)))
     about = json.loads(json.dumps(about))  # as it will be read: string keys, lists
     place = Path(folder).resolve()
+    temp = group.from_main(lambda: _begin(place))
+    try:
+        written = group.together(lambda: {n: {**_write(temp / n, chunks), "part": part} for n, part, chunks in files})
+        group.from_main(lambda: _finish(temp, place, {n: e for entries in written for n, e in entries.items()}, about))
+    except BaseException:
+        if group.is_main:
+            shutil.rmtree(temp, ignore_errors=True)
+        raise
+    return Path(folder)
+
+
+def _begin(place: Path) -> Path:
+    """An empty temporary folder beside `place`."""
     _refuse_to_replace_foreign(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     temp = place.with_name(f".tmp-{place.name}-{os.getpid()}")
-    try:
-        if temp.exists():  # of a killed process with the same number
-            shutil.rmtree(temp)
-        temp.mkdir()
-        entries = {name: {**_write(temp / name, chunks), "part": part} for name, part, chunks in files}
-        manifest = _manifest_bytes({"files": entries, "about": about})
-        if len(manifest) > _MANIFEST_LIMIT:
-            raise ValueError(f"`about` is too large for a manifest: {len(manifest):,} bytes")
-        _write(temp / MANIFEST, [manifest])
-        _sync_folder(temp)
-        _commit(temp, place)
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
-    return Path(folder)
+    if temp.exists():  # of a killed process with the same number
+        shutil.rmtree(temp)
+    temp.mkdir()
+    return temp
+
+
+def _finish(temp: Path, place: Path, entries: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """The manifest of the files in `temp`, which then get their place."""
+    manifest = _manifest_bytes({"files": entries, "about": about})
+    if len(manifest) > _MANIFEST_LIMIT:
+        raise ValueError(f"`about` is too large for a manifest: {len(manifest):,} bytes")
+    _write(temp / MANIFEST, [manifest])
+    _sync_folder(temp)
+    _commit(temp, place)
 
 
 def _contents(parts: Mapping[str, Any]) -> list[tuple[str, str, Iterable[Any]]]:
@@ -558,6 +580,16 @@ def content_hash(folder: str | Path) -> str:
     files = _read_manifest(Path(folder))["files"]
     lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """32 hexadecimal digits: equal exactly when names, shapes, types and values of all tensors are, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # --- the checkpoints of a run --------------------------------------------------------------------------------------

@@ -386,8 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0 if not args else 2
     except RlkitError as error:
-        who = "" if processes.is_main() else f"process {os.environ['RANK']}: "
-        print(f"{who}error: {error}", file=sys.stderr)
+        _say_error(error)
         return error.exit_code
     except argparse.ArgumentTypeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -402,5 +401,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
         return 1
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}", file=sys.stderr)
+        _say_error(error)
         return 1
+
+
+def _say_error(error: Exception) -> None:
+    """Print an error; one that all processes have, from the main one alone."""
+    if processes.is_main():
+        print(f"error: {error}", file=sys.stderr)
+    elif not getattr(error, "shared", False):
+        print(f"process {os.environ['RANK']}: error: {error}", file=sys.stderr)

@@ -4,6 +4,10 @@ It steps environments into the buffer, owes updates, applies reward modules, pre
 needs. Collection follows Stable-Baselines3's off-policy scheme and names: uniform random actions for `learning_starts`
 steps, then `gradient_steps` updates after every `train_freq` steps of all environments together. An on-policy or an
 offline trainer overrides `collect`.
+
+Several processes are to one what several environments are to one: each steps `n_envs` of its own into its own part of
+the buffer, and takes its part of every batch from there. What they exchange is counts after every step of the
+environments, running statistics, and the gradients; so all have the same weights and the same clock.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit import envs, registry, rewards, sb3
+from rlkit import envs, processes, registry, rewards, sb3
 from rlkit.buffer import Field, RolloutBuffer, dtype_of
 from rlkit.config import Count, Fraction, Positive, RunConfig, Strict, Whole, merge, to_dict, validate
 from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatten_obs, space_from_json, space_to_json
@@ -43,7 +47,7 @@ class ControlConfig(RunConfig):
     env: str | None = None
     """Gymnasium id, such as `HalfCheetah-v5` or `my_package:MyEnv-v0`; None for an object given in Python."""
     n_envs: Count = 1
-    """Copies of the environment, stepped together."""
+    """Copies of the environment in each process, stepped together."""
     vectorization_mode: Literal["sync", "async"] = "sync"
     """`async` runs each copy in a worker process of its own."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +59,8 @@ class ControlConfig(RunConfig):
     gamma: Fraction = 0.99
     """Discount factor."""
     normalize_obs: bool = False
-    """Standardise observations by running moments, which are saved with the policy and frozen when it predicts."""
+    """Standardise observations by running moments, which are saved with the policy and frozen when it predicts. They
+    are of the observations of all processes."""
     preset: str | None = None
     """Documented hyperparameters under the given fields: a name, or `auto` for those of the environment."""
 
@@ -69,17 +74,17 @@ class OffPolicyConfig(ControlConfig):
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
     """`linear` falls to zero at the end of the first budget."""
     buffer_size: Count = 1_000_000
-    """Transitions kept."""
+    """Transitions kept, by all processes together, an equal part each."""
     learning_starts: Whole = 100
     """Steps of uniform random actions before the first update."""
     batch_size: Count = 256
-    """Transitions of an update."""
+    """Transitions of an update, of all processes together, an equal part each."""
     n_steps: Count = 1
     """Rewards summed before the value of a later state stands in."""
     train_freq: Count = 1
     """Steps of all environments together between updates."""
     gradient_steps: Annotated[int, limits.Ge(-1)] = 1
-    """Updates each time; -1 makes as many as transitions were gathered."""
+    """Updates each time; -1 makes as many as transitions were gathered, by all processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,9 @@ class ControlTrainer(Trainer):
     """Names of the gymnasium spaces whose actions the policy can produce."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Environment id, or a name, -> fields."""
+    own = frozenset({"buffer", "rng", "meter", "env", "reward", "n_step", "window"})
+    divided: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size")
+    """Fields, where there are such, that say how much all processes have together; see `share`."""
 
     buffer: RolloutBuffer
     normalizer: RunningNorm | ToFloat32
@@ -144,6 +152,7 @@ class ControlTrainer(Trainer):
         if isinstance(env, str):
             fields["env"] = env
         config = self.config = self.make_config(fields) if config is None else validate(self.Config, to_dict(config))
+        self.processes = self.join(config)
         self._spec = env if env is not None and not isinstance(env, str) else config.env
         self._eval_env = eval_env
         self._adapter: VectorAdapter | None = None
@@ -173,7 +182,9 @@ class ControlTrainer(Trainer):
         self._pending_reward_state: Mapping[str, Any] | None = None
         if saved is None:
             self._open_reward()  # a wrong name is an error at once; of a loaded trainer, at its first use
-        self.window: deque[tuple[float, int, bool | None]] = deque(maxlen=WINDOW)
+        self.processes.from_main(lambda: [self.share(name) for name in self.divided if hasattr(config, name)])
+        # A part of the last episodes of all processes.
+        self.window: deque[tuple[float, int, bool | None]] = deque(maxlen=max(1, WINDOW // self.processes.size))
         self.n_step = NStep(getattr(config, "n_steps", 1), config.gamma, self.n_envs)
         self.vector_steps, self.since_update = 0, 0
         super().__init__(config)
@@ -214,7 +225,7 @@ class ControlTrainer(Trainer):
         family = {name.rpartition("-v")[0]: values for name, values in cls.presets.items() if "-v" in name}
         base = (env or "").rpartition("-v")[0]
         if base not in family:
-            print(f"no preset for {env}: using the defaults", file=sys.stderr)
+            processes.say(f"no preset for {env}: using the defaults")
         return family.get(base, {})
 
     @classmethod
@@ -246,6 +257,7 @@ class ControlTrainer(Trainer):
                 vectorization_mode=config.vectorization_mode,
                 env_kwargs=config.env_kwargs,
                 timeout=config.env_timeout,
+                rank=self.processes.rank,
             )
             if self._pending_env_state is not None:
                 self._restore_env(self._adapter, self._pending_env_state)
@@ -322,9 +334,46 @@ class ControlTrainer(Trainer):
         """(n, obs_dim) float observations -> (n, action_dim) actions in [-1, 1]; noise from the stream `predict`."""
         raise NotImplementedError
 
-    @torch.no_grad()
+    def share(self, field: str) -> int:
+        """This process's part of what the configuration gives all of them together.
+
+        Raises:
+            UserError: it cannot be divided equally.
+        """
+        whole, size = getattr(self.config, field), self.processes.size
+        if whole % size:
+            below = whole - whole % size
+            near = f"{below:,} or {below + size:,}" if below else f"{size:,}"
+            raise UserError(f"`{field}`: {whole:,} cannot be divided equally among {size} processes; give {near}")
+        return int(whole // size)
+
     def collect(self) -> int:
-        """One step of every environment; returns how many transitions that made (autoreset steps make none)."""
+        """One step of every environment of all processes; returns how many transitions that made (autoreset steps make
+        none).
+        """
+        config = self.config
+        taken, unready = self.processes.tally(self._step_environments, 2)
+        if taken == 0:
+            return 0
+        if config.normalize_obs:
+            self.normalizer.update(self.processes.rows(self._observed(), self.n_envs).to(self.device))
+        if self.processes.size > 1:
+            self.reward.synchronise(self.processes)
+        self.vector_steps += 1
+        self.since_update += taken
+        due = self.clock + taken > config.learning_starts and self.vector_steps % config.train_freq == 0
+        if due and not unready:
+            self.owed += self.since_update if config.gradient_steps < 0 else config.gradient_steps
+            self.since_update = 0
+        return taken
+
+    def _observed(self) -> Tensor:
+        """(n, obs_dim) observations of the last step's transitions."""
+        return torch.from_numpy(self._last_step[0]["obs"]).double()
+
+    @torch.no_grad()
+    def _step_environments(self) -> tuple[int, bool]:
+        """Step this process's environments; returns how many transitions that made, and whether none is stored yet."""
         config, adapter = self.config, self.env
         if self.clock < config.learning_starts:
             shape = (adapter.num_envs, self.action_dim)
@@ -336,23 +385,13 @@ class ControlTrainer(Trainer):
         taken = len(rows["reward"])
         episodes = adapter.pop_episodes()
         self._last_step = rows, rows["reward"], episodes  # the reward before modules change it
-        if taken == 0:
-            return 0
-        rows |= {name: value[rows["env"]] for name, value in numpy_columns.items()}
-        self.store(rows)
-        self.window.extend((e.return_, e.length, e.success) for e in episodes)
-        self.vector_steps += 1
-        self.since_update += taken
-        due = self.clock + taken > config.learning_starts and self.vector_steps % config.train_freq == 0
-        if due and len(self.buffer):
-            self.owed += self.since_update if config.gradient_steps < 0 else config.gradient_steps
-            self.since_update = 0
-        return taken
+        if taken:
+            self.store({**rows, **{name: value[rows["env"]] for name, value in numpy_columns.items()}})
+            self.window.extend((e.return_, e.length, e.success) for e in episodes)
+        return taken, not len(self.buffer)
 
     def store(self, rows: dict[str, Any]) -> None:
         """Reward modules, n-step sums, then the buffer."""
-        if self.config.normalize_obs:
-            self.normalizer.update(torch.from_numpy(rows["obs"]).to(self.device))
         if self.reward.modules:
             shaped = self.reward(
                 {
@@ -369,7 +408,16 @@ class ControlTrainer(Trainer):
             self.buffer.add({name: complete[name] for name in self.buffer.fields})
 
     def batch(self) -> Batch:
-        return self.buffer.sample(self.config.batch_size, self.rng["sample"])
+        return self.buffer.sample(self.share("batch_size"), self.rng["sample"])
+
+    def compile_mode(self) -> str:
+        """`compile` of the configuration; several processes exchange gradients, and update eagerly."""
+        mode = str(self.config.compile)
+        if self.processes.size == 1:
+            return mode
+        if mode == "on" or (mode == "auto" and self.device.type == "cuda"):
+            processes.say("`compile`: updates of several processes run eagerly")
+        return "off"
 
     @property
     def learning_rate(self) -> float:
@@ -398,7 +446,7 @@ class ControlTrainer(Trainer):
 
     @property
     def ep_info_buffer(self) -> deque[dict[str, float]]:
-        """Return `r` and length `l` of the last finished episodes."""
+        """Return `r` and length `l` of the last finished episodes of this process."""
         return deque(({"r": r, "l": n} for r, n, _ in self.window), maxlen=WINDOW)
 
     def get_env(self) -> Any:
@@ -491,6 +539,20 @@ class ControlTrainer(Trainer):
     def evaluate(
         self, episodes: int = 10, *, seed: int | None = None, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Any] | None:
+        """A record of whole episodes, which the main one of several processes runs; None when `should_stop` said so.
+
+        Collective, except in a callback.
+
+        Args:
+            episodes: how many.
+            seed: of the episodes; by default the run's.
+
+        Raises:
+            UserError: there is no environment to evaluate in.
+        """
+        return self.processes.from_main(lambda: self._evaluate(episodes, seed, should_stop))
+
+    def _evaluate(self, episodes: int, seed: int | None, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         make_env = self.make_eval_env()
         if make_env is None:
             raise UserError("evaluation needs an environment of its own: pass `eval_env=` (a function that makes one)")
@@ -502,9 +564,13 @@ class ControlTrainer(Trainer):
     def describe(self) -> str:
         source = self.config.env or "an environment object"
         sizes = f"observations {self.obs_dim}, actions {self.action_dim}"
-        lines = [super().describe(), f"environment: {self.n_envs} x {source}, {sizes}"]
+        n, each = self.processes.size, ", each" if self.processes.size > 1 else ""
+        lines = [super().describe(), f"environment: {self.n_envs} x {source}, {sizes}{each}"]
+        if n > 1:
+            parts = [f"{self.share(name):,} of `{name}`" for name in self.divided if hasattr(self.config, name)]
+            lines.append(f"processes: {n}, each has {' and '.join(parts)}")
         if hasattr(self, "buffer"):
-            lines.append(f"buffer: {self.buffer.describe()}")
+            lines.append(f"buffer: {self.buffer.describe()}{each}")
         return "\n".join(lines)
 
     def describe_evaluation(self, record: Mapping[str, Any]) -> str:
@@ -531,10 +597,11 @@ class ControlTrainer(Trainer):
 
     def metrics(self) -> dict[str, float]:
         values = super().metrics()
-        if self.window:
-            values["rollout/ep_rew_mean"] = float(np.mean([r for r, _, _ in self.window]))
-            values["rollout/ep_len_mean"] = float(np.mean([n for _, n, _ in self.window]))
-            successes = [s for _, _, s in self.window if s is not None]
+        window = [episode for part in self.processes.gather(list(self.window)) for episode in part]
+        if window:
+            values["rollout/ep_rew_mean"] = float(np.mean([r for r, _, _ in window]))
+            values["rollout/ep_len_mean"] = float(np.mean([n for _, n, _ in window]))
+            successes = [s for _, _, s in window if s is not None]
             if successes:
                 values["rollout/success_rate"] = float(np.mean(successes))
         values["train/n_updates"] = self.updates
@@ -566,7 +633,7 @@ class ControlTrainer(Trainer):
             if self._reward is not None:
                 self._reward.load_state_dict(state["reward"])
             self.n_step.load_state_dict(state["n_step"])
-            self.window = deque((tuple(episode) for episode in state["window"]), maxlen=WINDOW)
+            self.window = deque((tuple(episode) for episode in state["window"]), self.window.maxlen)
             self.vector_steps, self.since_update = state["collect"]["vector_steps"], state["collect"]["since_update"]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint's state does not fit: {error!r}") from error

@@ -26,6 +26,8 @@ class RlkitError(Exception):
     """Base of all errors of this package; `exit_code` is what the command line returns."""
 
     exit_code = 1
+    shared = False
+    """Whether all processes of a run raise it, so that the main one alone says it."""
 
 
 class UserError(RlkitError, ValueError):

@@ -41,6 +41,7 @@ ActivationName = Annotated[
 ]
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+Average = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Dropout(nn.Module):
@@ -206,8 +207,10 @@ def adam(parameters: Iterable[nn.Parameter], learning_rate: float, **kwargs: Any
     return torch.optim.Adam(list(parameters), lr=learning_rate, fused=True, **kwargs)
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, average: Average | None = None) -> Tensor:
     """One step of a fused `optimizer` on the scalar `loss`; returns the gradient's norm, a scalar.
+
+    `average` replaces the gradients by their means over processes, which are those of the mean of the losses.
 
     Gradients flow to the optimiser's own parameters alone, so an actor loss that runs through a critic leaves the
     critic without gradients. If the norm is not finite, the fused kernel skips the step (as under a gradient scaler):
@@ -219,7 +222,9 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     if not all(group.get("fused") for group in optimizer.param_groups):
         raise TypeError("descend needs a fused optimiser, such as `adam` makes")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = torch.autograd.grad(loss, parameters)
+    grads = list(torch.autograd.grad(loss, parameters))
+    if average is not None:  # a loss that is not finite has to show in all processes, whatever its gradients are
+        grads = average([grads[0] + 0.0 * loss.detach(), *grads[1:]])
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad

@@ -13,8 +13,8 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlkit.errors import RlkitError, UserError
@@ -29,6 +29,17 @@ T = TypeVar("T")
 def launched() -> int:
     """How many processes the launcher started, as its environment variable `WORLD_SIZE` says; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def here() -> int:
+    """How many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or launched())
+
+
+def expected() -> tuple[int, int]:
+    """(rank, size) that `join` is going to find."""
+    alone = _alone or launched() == 1
+    return (0, 1) if alone else (int(os.environ.get("RANK") or 0), launched())
 
 
 def is_main() -> bool:
@@ -55,6 +66,9 @@ class Processes:
     size = 1
     device: torch.device | None = None
 
+    def __init__(self) -> None:
+        self._wish: Callable[[], bool] = lambda: False
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -67,13 +81,61 @@ class Processes:
         """Element by element, the sum over processes. Collective."""
         return values
 
+    def listen(self, wish: Callable[[], bool]) -> None:
+        """Ask `wish` from now on whether this process wishes to stop."""
+        self._wish = wish
+
+    def vote(self) -> bool:
+        """Whether any process wishes to stop. Collective, unless `tally` or `average` has just asked all of them."""
+        return self._wish()
+
+    def tally(self, work: Callable[[], Sequence[int]], n: int) -> list[int]:
+        """The sums over processes of the `n` whole numbers that `work` returns. Collective.
+
+        An error of `work` in one process is one in all; `work` itself must not be collective.
+        """
+        return list(work())
+
+    def average(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensor by tensor, the mean over processes, in one message. Collective."""
+        return tensors
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Name by name, the mean over processes, which have the same names in the same order. Collective."""
+        return dict(values)
+
+    def rows(self, values: Tensor, most: int) -> Tensor:
+        """(N, width): the float64 rows (n, width) of all processes, at most `most` of each, in order of rank.
+
+        Collective.
+        """
+        return values
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, in order of rank, in every process. Collective."""
         return [value]
 
-    def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, in every process; an error there is one everywhere. Collective."""
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns in every process, in order of rank. Collective.
+
+        An error of `work` in one process is one in all; `work` itself must not be collective.
+        """
+        return [work()]
+
+    def from_main(self, make: Callable[[], T], helpers: Mapping[str, Callable[..., Any]] | None = None) -> T:
+        """What the main process makes, in every process; an error there is one everywhere. Collective.
+
+        Args:
+            make: called by the main process while the others wait; another `from_main` within it is its own business.
+            helpers: what the others can be asked for meanwhile; see `joined_by`.
+        """
         return make()
+
+    def joined_by(self, helper: str, *args: Any) -> AbstractContextManager[None]:
+        """Within `from_main`: the others call `helpers[helper](*args)` now, so the main process may do its collective
+        part of it. Elsewhere nothing, for there all processes come here.
+        """
+        return nullcontext()
 
     def wait(self) -> None:
         """Go on when all have come here. Collective."""
@@ -87,9 +149,11 @@ class Processes:
         found = self.gather(value)
         odd = [rank for rank, other in enumerate(found) if other != found[0]]
         if odd:
-            raise RlkitError(
-                f"{what}: process {odd[0]} has {found[odd[0]]!s:.80}, process 0 has {found[0]!s:.80}; all of them "
-                "have to see the same files and settings"
+            raise _shared(
+                RlkitError(
+                    f"{what}: process {odd[0]} has {found[odd[0]]!s:.80}, process 0 has {found[0]!s:.80}; all of them "
+                    "have to see the same files and settings"
+                )
             )
 
     @contextmanager
@@ -106,6 +170,7 @@ class _Several(Processes):
     """A process among others, joined by accelerate."""
 
     def __init__(self, device: str) -> None:
+        super().__init__()
         import torch
         from accelerate import PartialState
 
@@ -128,6 +193,8 @@ class _Several(Processes):
         self.rank, self.size = state.process_index, state.num_processes
         self.device = state.device if not cpu else torch.device("cpu")
         self._torch, self._state = torch, state
+        self._leading = False  # whether the main process is at work while the others wait for it
+        self._known: bool | None = None  # the outcome of a vote that was held along with something else
         atexit.register(self._leave)  # its threads must not outlive the interpreter
         # Flags and texts go through gloo, so that asking a question never waits for a GPU's queue.
         self._control = None if cpu else torch.distributed.new_group(backend="gloo")
@@ -139,38 +206,166 @@ class _Several(Processes):
             self._torch.distributed.destroy_process_group()
             gc.collect()
 
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Around whatever needs the others.
+
+        Raises:
+            RlkitError: one of them is gone, or this is the main process's turn alone (see `from_main`).
+        """
+        if self._leading:
+            raise RlkitError("all processes have to take part in this, and the main one alone has got here")
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise RlkitError(
+                f"lost touch with the other processes: one of them has ended or hangs ({reason}). What it said stands "
+                "above, and in the launcher's report; the same number of processes can go on from the last checkpoint"
+            ) from error
+
     def any(self, flag: bool) -> bool:
-        votes = self._torch.tensor([int(flag)])
-        self._torch.distributed.all_reduce(votes, group=self._control)
-        return bool(votes.item())
+        return self._sums([int(flag)])[0] > 0
+
+    def _sums(self, numbers: Sequence[int]) -> list[int]:
+        counts = self._torch.tensor(numbers, dtype=self._torch.int64)
+        with self._reaching():
+            self._torch.distributed.all_reduce(counts, group=self._control)
+        return counts.tolist()
+
+    def listen(self, wish: Callable[[], bool]) -> None:
+        self._wish, self._known = wish, None
+
+    def vote(self) -> bool:
+        known, self._known = self._known, None
+        return self.any(self._wish()) if known is None else known
+
+    def tally(self, work: Callable[[], Sequence[int]], n: int) -> list[int]:
+        numbers: Sequence[int] = [0] * n
+        failure: Exception | None = None
+        try:
+            numbers = work()
+        except Exception as error:  # the others are told below
+            failure = error
+        failures, wishes, *sums = self._sums([failure is not None, self._wish(), *numbers])
+        self._known = wishes > 0
+        if failures:
+            self._raise_first(failure)
+        return sums
+
+    def _raise_first(self, failure: Exception | None) -> None:
+        """Raise the error of the lowest rank that has one. Collective."""
+        found = self.gather(None if failure is None else _portable(failure, self.rank))
+        for rank, error in enumerate(found):
+            if error is not None:
+                own = failure if rank == self.rank else None
+                if own is not None and not isinstance(own, RlkitError | OSError):
+                    raise own  # with its traceback
+                raise _shared(error) from own
 
     def sum(self, values: Tensor) -> Tensor:
         total = values.clone()
-        self._torch.distributed.all_reduce(total)
+        with self._reaching():
+            self._torch.distributed.all_reduce(total)
         return total
+
+    def average(self, tensors: list[Tensor]) -> list[Tensor]:
+        on_cpu = self._control is None  # elsewhere reading the wish would wait for the device
+        wish = [tensors[0].new_tensor([float(self._wish())])] if on_cpu else []
+        flat = self.sum(self._torch.cat([*(tensor.reshape(-1) for tensor in tensors), *wish])).div_(self.size)
+        if on_cpu:
+            self._known = bool(flat[-1] > 0)
+        parts = flat.split([tensor.numel() for tensor in tensors] + [1] * on_cpu)
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=False)]
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        if not values:
+            return {}
+        total = self._torch.tensor(list(values.values()), dtype=self._torch.float64)
+        with self._reaching():
+            self._torch.distributed.all_reduce(total, group=self._control)
+        return dict(zip(values, (total / self.size).tolist(), strict=True))
+
+    def rows(self, values: Tensor, most: int) -> Tensor:
+        # Messages are of one size: absent rows are zeros, told apart by the last column.
+        own = self._torch.zeros(most, values.shape[1] + 1, dtype=self._torch.float64)
+        own[: len(values), :-1], own[: len(values), -1] = values, 1
+        found = [self._torch.empty_like(own) for _ in range(self.size)]
+        with self._reaching():
+            self._torch.distributed.all_gather(found, own, group=self._control)
+        every = self._torch.cat(found)
+        return every[every[:, -1] == 1, :-1].to(values.device)
 
     def gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size
-        self._torch.distributed.all_gather_object(found, value, group=self._control)
+        with self._reaching():
+            self._torch.distributed.all_gather_object(found, value, group=self._control)
         return found
 
-    def from_main(self, make: Callable[[], T]) -> T:
-        box: list[Any] = [None]
-        if self.is_main:
-            try:
-                box = [(make(), None)]
-            except Exception as error:
-                box = [(None, error if isinstance(error, RlkitError) else RlkitError(f"process 0: {error}"))]
-                self._torch.distributed.broadcast_object_list(box, src=0, group=self._control)
-                raise
-        self._torch.distributed.broadcast_object_list(box, src=0, group=self._control)
-        value, failed = box[0]
-        if failed is not None:
-            raise failed
+    def together(self, work: Callable[[], T]) -> list[T]:
+        value: T | None = None
+        failure: Exception | None = None
+        try:
+            value = work()
+        except Exception as error:  # the others are told below
+            failure = error
+        found = self.gather((value, failure is not None))
+        if any(failed for _, failed in found):
+            self._raise_first(failure)
+        values: list[Any] = [value for value, _ in found]
+        return values
+
+    def from_main(self, make: Callable[[], T], helpers: Mapping[str, Callable[..., Any]] | None = None) -> T:
+        if self._leading:
+            return make()
+        if not self.is_main:
+            return self._follow(helpers or {})
+        self._leading = True
+        try:
+            value = make()
+        except Exception as error:
+            self._leading = False
+            self._send(("error", _portable(error, self.rank)))
+            raise
+        finally:
+            self._leading = False
+        self._send(("value", value))
         return value
 
+    def _follow(self, helpers: Mapping[str, Callable[..., Any]]) -> Any:
+        """Help the main process until it is through."""
+        while True:
+            kind, content = self._send(None)
+            if kind == "error":
+                raise _shared(content)
+            if kind == "value":
+                return content
+            name, args = content
+            with suppress(RlkitError, OSError):  # the main process has the same error, and decides what becomes of it
+                helpers[name](*args)
+
+    def _send(self, message: Any) -> Any:
+        """The main process's message, in all of them."""
+        box = [message]
+        with self._reaching():
+            self._torch.distributed.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    @contextmanager
+    def joined_by(self, helper: str, *args: Any) -> Iterator[None]:
+        if not self._leading:
+            yield
+            return
+        self._leading = False
+        try:
+            self._send(("help", (helper, args)))
+            yield
+        finally:
+            self._leading = True
+
     def wait(self) -> None:
-        self._torch.distributed.barrier(group=self._control)
+        with self._reaching():
+            self._torch.distributed.barrier(group=self._control)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -186,6 +381,20 @@ class _Several(Processes):
                 # They are constants here (tables of positions), and synchronising them would make inference collective.
                 broadcast_buffers=False,
             )
+
+
+def _shared(error: Exception) -> Exception:
+    """Mark `error` as one that all processes raise, so that the main one alone says it."""
+    error.shared = True  # type: ignore[attr-defined]
+    return error
+
+
+def _portable(error: Exception, rank: int) -> Exception:
+    """`error` as any process can raise it, its text naming the process where that is not the main one."""
+    known = isinstance(error, RlkitError | OSError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    kind = type(error) if isinstance(error, RlkitError) else OSError if known else RlkitError
+    return kind(text if rank == 0 and known else f"process {rank}: {text}")
 
 
 _joined: Processes | None = None

@@ -31,19 +31,27 @@ class Streams(Mapping[str, torch.Generator]):
     Args:
         seed: the run's seed.
         device: where the generators live; noise for a CUDA update has to be drawn there.
+        rank: of the process; streams of different ones are independent, but for those asked for by `common`.
     """
 
-    def __init__(self, seed: int, device: str | torch.device = "cpu") -> None:
-        self.seed, self.device = seed, torch.device(device)
+    def __init__(self, seed: int, device: str | torch.device = "cpu", rank: int = 0) -> None:
+        self.seed, self.device, self.rank = seed, torch.device(device), rank
         self._streams: dict[str, torch.Generator] = {}
+        self._common: set[str] = set()
 
     def __getitem__(self, name: str) -> torch.Generator:
         if name not in self._streams:
             self._streams[name] = self._seeded(torch.Generator(self.device), name)
         return self._streams[name]
 
+    def common(self, name: str) -> torch.Generator:
+        """The stream `name`, the same in all processes, for what they have to draw alike."""
+        self._common.add(name)
+        return self[name]
+
     def _seeded(self, stream: torch.Generator, name: str) -> torch.Generator:
-        return stream.manual_seed(derive(self.seed, "stream", name))
+        own = () if self.rank == 0 or name in self._common else (self.rank,)
+        return stream.manual_seed(derive(self.seed, "stream", name, *own))
 
     def __contains__(self, name: object) -> bool:
         return name in self._streams
@@ -61,6 +69,6 @@ class Streams(Mapping[str, torch.Generator]):
         """Set every stream in place, because parts such as dropout hold on to theirs; absent ones begin anew."""
         for name, stream in self._streams.items():
             if name not in state:
-                stream.manual_seed(derive(self.seed, "stream", name))
+                self._seeded(stream, name)
         for name, value in state.items():
             self[name].set_state(value)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlkit import checkpoint, processes
 from rlkit.callbacks import Callbacks
@@ -72,7 +72,8 @@ class Run:
         trainer: its clock, marks and configuration drive the schedules.
         folder: where files go; None keeps records in memory and skips evaluations and checkpoints.
         progress: show a progress bar (a terminal) or lines (a pipe).
-        callbacks: have their turn whenever the clock has advanced; False ends the run (from any process).
+        callbacks: have their turn whenever the clock has advanced; False ends the run (from any process). Where
+            processes have parts of the state for themselves, those of the main one alone have it.
     """
 
     def __init__(
@@ -82,13 +83,14 @@ class Run:
         self.processes = trainer.processes
         self.config = trainer.config
         self.finished_by_callback = False
+        self._ending = False  # all processes know that this is the end
         shown = progress and self.processes.is_main
         self._progress = Progress(trainer.target, trainer.clock, trainer.counts) if shown else None
         self._saved_at: tuple[int, float] | None = None
 
     @property
     def stopping(self) -> bool:
-        return self.processes.any(stop.requested or self.finished_by_callback)
+        return self._ending or self.processes.vote()
 
     @property
     def interrupted(self) -> bool:
@@ -100,17 +102,10 @@ class Run:
         with ExitStack() as undo:  # in the reverse order, if anything below fails
             stop.__enter__()
             undo.callback(stop.__exit__, None, None, None)
-            main = self.processes.is_main
-            self.log = trainer.log = RunLog(
-                self.folder if main else None,
-                tensorboard=self.config.tensorboard and self.folder is not None and main,
-                wandb=self.config.wandb if main else False,
-                config=trainer.saved_config(),
-                resume_records=trainer.marks["records"],
-                resume_eval_records=trainer.marks["eval_records"],
-                resume_step=trainer.clock,
-            )
+            self.processes.listen(lambda: stop.requested or self.finished_by_callback)
+            self.processes.together(self._open_log)
             undo.callback(self.log.close)
+            self._has_callbacks = self.processes.any(self.callbacks is not None)
             self._began, self._began_at = time.monotonic(), trainer.clock
             if self._progress:
                 self._progress.start()
@@ -120,15 +115,38 @@ class Run:
                 self._evaluate()
             else:  # a signal may have cut an evaluation short: it belongs to the step that the run was saved at
                 self.tick()
-            if self.callbacks is not None:
-                self.callbacks.start()
+            self._turn("start")
             undo.pop_all()
         return self
 
+    def _open_log(self) -> None:
+        """The main process's files; others keep records in memory."""
+        trainer, main = self.trainer, self.processes.is_main
+        self.log = trainer.log = RunLog(
+            self.folder if main else None,
+            tensorboard=self.config.tensorboard and self.folder is not None and main,
+            wandb=self.config.wandb if main else False,
+            config=trainer.saved_config(),
+            resume_records=trainer.marks["records"],
+            resume_eval_records=trainer.marks["eval_records"],
+            resume_step=trainer.clock,
+        )
+
     def advanced(self) -> None:
         """Give the callbacks their turn: the clock has moved on."""
-        if self.callbacks is not None and not self.callbacks.step():
+        if not self._turn("step"):
             self.finished_by_callback = True
+            self._ending = bool(self.trainer.own)
+
+    def _turn(self, what: Literal["start", "step", "end"]) -> bool:
+        """Whether the callbacks, where there are any, want to go on."""
+        if not self._has_callbacks:
+            return True
+
+        def turn() -> bool:
+            return self.callbacks is None or getattr(self.callbacks, what)() is not False
+
+        return self.processes.from_main(turn, {"save": self.trainer.save}) if self.trainer.own else turn()
 
     def tick(self) -> None:
         """Whatever is due at the trainer's clock, once the updates owed for it are made.
@@ -164,7 +182,7 @@ class Run:
         values["time/fps"] = done / seconds if seconds > 0 else 0.0
         values["time/time_elapsed"] = trainer.seconds + seconds
         values["time/total_timesteps"] = trainer.clock
-        self.log.write(trainer.clock, values)
+        self.processes.together(lambda: self.log.write(trainer.clock, values))
         trainer.marks["records"] = self.log.records
         trainer.marks["logged_at"] = trainer.clock
         self._saved_at = None  # a checkpoint of this step, written before, is of a run without this record
@@ -174,16 +192,19 @@ class Run:
     def _evaluate(self) -> None:
         """Evaluate and record; an evaluation cut short by a signal leaves its mark unset and is done at resume."""
         trainer = self.trainer
-        if self.folder is None or self.config.eval_episodes == 0 or not trainer.can_evaluate():
+        wanted = self.folder is not None and self.config.eval_episodes > 0
+        if not wanted or not self.processes.from_main(trainer.can_evaluate):
             trainer.marks["eval"] = max(trainer.marks["eval"], trainer.clock // self.config.eval_every)
             return
         result = trainer.evaluate(self.config.eval_episodes, should_stop=lambda: stop.requested)
         if result is None:
             trainer.marks["eval"] = min(trainer.marks["eval"], trainer.clock // self.config.eval_every - 1)
+            self._ending = True  # at this very step, which the evaluation belongs to
             return
         trainer.marks["eval"] = trainer.clock // self.config.eval_every
         trainer.marks["evaluated_at"] = trainer.clock
-        self.log.write_eval(trainer.clock, result)
+        record = dict(result)
+        self.processes.together(lambda: self.log.write_eval(trainer.clock, record))
         trainer.marks["eval_records"] = self.log.eval_records
         self._saved_at = None
         if self._progress:
@@ -229,8 +250,9 @@ class Run:
                 self._evaluate()
         if self.folder is not None:
             self._checkpoint(last=True)
-        if self.interrupted:
-            name = stop.signal.name if stop.signal else "signal"
+        signals = self.processes.gather(stop.signal.name if stop.signal else "")
+        if any(signals):
+            name = next(filter(None, signals))
             where = (
                 f"checkpoint written; go on with `rlkit resume {self.folder}`"
                 if self.folder
@@ -243,13 +265,13 @@ class Run:
     ) -> None:
         try:
             if kind is None:
-                if self.callbacks is not None:
-                    self.callbacks.end()
+                self._turn("end")
                 self._finish()
         finally:
             if self._progress:
                 self._progress.stop()
             self.log.close()
+            self.processes.listen(lambda: False)
             stop.__exit__(None, None, None)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from rlkit.callbacks import as_callbacks
 from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, validate
 from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
 from rlkit.metrics import Meter, RunLog, require_wandb
+from rlkit.processes import Processes
 from rlkit.rng import Streams, derive
 from rlkit.run import Run, open_folder, records, refuse_foreign, refuse_run
 
@@ -75,7 +77,8 @@ class Trainer:
         clock: experience consumed so far, in units of `counts`.
         owed: gradient updates due for it before more is gathered.
         updates: gradient updates made.
-        processes: the processes of the run, of which this is one.
+        processes: the processes of the run, of which this is one. What steps at the same time in all of them decides by
+            numbers that are equal in all; gradients become so by `descend(…, self.processes.average)`.
         log: of the present or last `learn`: `log.history` and `log.eval_history` hold its records, folder or not.
         rng: named random streams (`rng["sample"]`, …); an update receives its noise from them as an argument.
     """
@@ -92,7 +95,9 @@ class Trainer:
     modules_part: ClassVar[str] = "policy"
     """Part of a checkpoint that holds the tracked modules."""
     several_processes: ClassVar[bool] = False
-    """Whether a run can have several processes, which divide updates and evaluations among themselves."""
+    """Whether a run can have several processes, which divide the work among themselves."""
+    own: ClassVar[frozenset[str]] = frozenset()
+    """Files of the state, and keys of its file `state`, that each of them has for itself; the rest is equal in all."""
     inference_parts: ClassVar[frozenset[str]] = frozenset({"policy", "state", "config.yaml"})
     """Parts of a checkpoint that `load(inference=True)` reads, where they are there."""
 
@@ -104,13 +109,11 @@ class Trainer:
             refuse_run(self.folder)
         if config.wandb:
             require_wandb()
-        if not self.several_processes and processes.launched() > 1:
-            raise UserError(f"`{self.name}` runs in one process, and {processes.launched()} were started")
-        self.processes = processes.join(config.device)
+        self.processes = self.join(config)
         self.device = self.processes.device or resolve_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.rng = Streams(config.seed, self.device)
+        self.rng = Streams(config.seed, self.device, self.processes.rank if self.own else 0)
         self.meter = Meter()
         self.log: RunLog | None = None
         self.clock, self.owed, self.updates = 0, 0.0, 0
@@ -124,6 +127,17 @@ class Trainer:
             torch.manual_seed(derive(config.seed, "weights"))
             self.build()
 
+    @classmethod
+    def join(cls, config: RunConfig) -> Processes:
+        """The processes that this one was started with.
+
+        Raises:
+            UserError: there are several, and this trainer runs in one.
+        """
+        if not cls.several_processes and processes.launched() > 1:
+            raise UserError(f"`{cls.name}` runs in one process, and {processes.launched()} were started")
+        return processes.join(config.device)
+
     # What an algorithm defines
 
     def build(self) -> None:
@@ -131,7 +145,9 @@ class Trainer:
         raise NotImplementedError
 
     def collect(self) -> int:
-        """Make experience available, add the updates due for it to `owed`; returns the experience consumed."""
+        """Make experience available, add the updates due for it to `owed`; returns the experience consumed, by all
+        processes together.
+        """
         raise NotImplementedError
 
     def batch(self) -> Batch:
@@ -167,11 +183,13 @@ class Trainer:
     ) -> Self:
         """Train for `total_timesteps` more units of `counts`; without it, until the target of a resumed run.
 
-        With several environments the last vector step may pass the target by up to n_envs - 1 steps.
+        With several environments the last vector step may pass the target by up to n_envs - 1 steps, n_envs those of
+        all processes.
 
         Args:
             callback: a function, called as `callback(trainer)` whenever the clock has advanced, or
-                Stable-Baselines3's callbacks, one or a list; False ends the run.
+                Stable-Baselines3's callbacks, one or a list; False ends the run. Of several processes of a control
+                trainer the main one alone calls it, and `trainer` has its environments and its part of the buffer.
             progress_bar: show progress on standard output.
 
         Raises:
@@ -184,8 +202,8 @@ class Trainer:
         elif self.target == 0:
             self.target = self.default_target()
         self.horizon = self.horizon or self.target
-        self.before_learning()
-        self.processes.wait()  # until all have read what is there
+        self.processes.together(self.before_learning)  # and all have read what is there
+        self._compare()
         if self.folder is not None:
             folder, text = self.folder, dump_yaml(self.saved_config())
             self.processes.from_main(lambda: open_folder(folder, text))
@@ -208,6 +226,15 @@ class Trainer:
                         run.advanced()
                 run.tick()
         return self
+
+    def _compare(self) -> None:
+        """Make sure that all processes are about to compute the same."""
+        if self.processes.size > 1:
+            for name, value in {**to_dict(self.config), "total_timesteps": self.target}.items():
+                self.processes.same(f"`{name}`", value)
+            modules = [part for part in self._parts.values() if isinstance(part, nn.Module)]
+            weights = (pair for module in modules for pair in module.state_dict().items())
+            self.processes.same("the weights", checkpoint.tensors_hash(weights))
 
     def default_target(self) -> int:
         """The budget where none is given.
@@ -240,23 +267,38 @@ class Trainer:
             self.marks["records"] = self.log.records
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last record, for the log."""
-        values = self.meter.means()
+        """Means since the last record, over all processes, for the log. Collective."""
+        values = self.processes.mean(self.meter.means())
         self._guard(values, {})
         return values
 
     def _guard(self, metrics: Mapping[str, Tensor | float], batch: Batch) -> None:
-        for name, value in metrics.items():
-            if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
-                where = ""
-                if self.folder is not None and batch and self.processes.is_main:
-                    dump = self.folder / f"diverged-step-{self.clock:010d}"
-                    checkpoint.save(dump, {"batch": dict(batch)}, about={"metric": name})
-                    where = f"; the batch is in {dump}"
-                raise DivergenceError(
-                    f"{name} is {float(value)} at update {self.updates:,} (step {self.clock:,}); the optimiser step "
-                    f"was not taken{where}. A smaller `learning_rate` or rewards of order 1 usually help."
-                )
+        wrong = [n for n, v in metrics.items() if n.endswith(("loss", "grad_norm")) and not math.isfinite(v)]
+        # A loss is this process's own. Where one is not finite, gradients are not either, in any of them.
+        if not wrong or (self.processes.size > 1 and batch and not any(n.endswith("grad_norm") for n in wrong)):
+            return
+        losses = [n for n in wrong if n.endswith("loss")]
+        found = self.processes.gather(bool(losses))
+        source = found.index(True) if True in found else 0
+        name = (losses or wrong)[0] if self.processes.size > 1 else wrong[0]
+        own = self.processes.rank == source
+        told = self.processes.together(lambda: self._divergence(name, float(metrics[name]), batch) if own else "")
+        error = DivergenceError(told[source])
+        error.shared = True
+        raise error
+
+    def _divergence(self, name: str, value: float, batch: Batch) -> str:
+        """What went wrong in this process; its batch is written into the run's folder."""
+        where = ""
+        if self.folder is not None and batch:
+            dump = self.folder / f"diverged-step-{self.clock:010d}"
+            checkpoint.save(dump, {"batch": dict(batch)}, about={"metric": name})
+            where = f"; the batch is in {dump}"
+        process = f" in process {self.processes.rank}" if self.processes.size > 1 else ""
+        return (
+            f"{name} is {value} at update {self.updates:,} (step {self.clock:,}){process}; the optimiser step was not "
+            f"taken{where}. A smaller `learning_rate` or rewards of order 1 usually help."
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes under the configured precision."""
@@ -371,7 +413,8 @@ class Trainer:
     def write_checkpoint(self, folder: Path, only: Collection[str] | None = None) -> Path:
         """The state and the configuration as a checkpoint folder; of the state's files those named in `only`.
 
-        With several processes a collective call, which returns once the main one has written.
+        Of several processes the main one writes the state that is equal in all and its own, the others theirs.
+        Collective.
         """
         about = {
             "trainer": self.name,
@@ -382,22 +425,32 @@ class Trainer:
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         files = {name: part for name, part in self.state().items() if only is None or name in only}
-        try:
-            if self.processes.is_main:
-                texts = {**self.documents(), "config.yaml": dump_yaml(self.saved_config())}
-                checkpoint.save(folder, {**files, **texts}, about=about)
-        finally:
-            self.processes.wait()
+        if not self.processes.is_main:
+            files = self._own_files(files)
+        else:
+            files["config.yaml"] = dump_yaml(self.saved_config())
+        self.processes.together(lambda: files.update(self.documents() if self.processes.is_main else {}))
+        checkpoint.save(folder, files, about=about, processes=self.processes)
         return Path(folder)
+
+    def _own_files(self, files: Mapping[str, Any]) -> dict[str, Any]:
+        """What this process, which is not the main one, adds to the files of the state."""
+        own = {name: part for name, part in files.items() if name in self.own}
+        if self.own:
+            own["state"] = {key: value for key, value in files["state"].items() if key in self.own}
+        return {_of_rank(name, self.processes.rank): part for name, part in own.items()}
 
     def save(self, folder: str | Path) -> Path:
         """Write everything needed to predict or to go on learning into `folder` (a trailing `.zip` is dropped).
+
+        Collective, except in a callback of the main process: the others are told.
 
         Raises:
             UserError: the folder holds something else.
         """
         path = Path(str(folder).removesuffix(".zip"))
-        return self.write_checkpoint(self.processes.from_main(lambda: refuse_foreign(path)))
+        with self.processes.joined_by("save", str(folder)):
+            return self.write_checkpoint(self.processes.from_main(lambda: refuse_foreign(path)))
 
     @classmethod
     def make_config(cls, fields: Mapping[str, Any], source: str = "") -> Any:
@@ -431,8 +484,7 @@ class Trainer:
     def _from_checkpoint(
         cls, path: Path, *, inference: bool = False, allow_changes: bool = False, **given: Any
     ) -> Self:
-        parts = checkpoint.parts(path)
-        files, about = checkpoint.load(path, parts & cls.inference_parts if inference else parts)
+        files, about = cls._read(path, inference)
         saved = yaml.safe_load(files["config.yaml"])
         saved.pop("steps", None)
         trainer = saved.pop("trainer", None)
@@ -457,6 +509,35 @@ class Trainer:
         return self
 
     @classmethod
+    def _read(cls, path: Path, inference: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """-> (files of the state as this process needs them, metadata) of the checkpoint at `path`.
+
+        Raises:
+            UserError: it is of another number of processes, which have parts of the state for themselves.
+        """
+        parts = checkpoint.parts(path)
+        if inference or not cls.own:
+            return checkpoint.load(path, parts & cls.inference_parts if inference else parts)
+        rank, size = processes.expected()
+        wrote = 1 + max((int(match[1]) for part in parts if (match := _OF_RANK.fullmatch(part))), default=0)
+        if wrote != size:
+            launcher = f"torchrun --nproc_per_node {wrote} -m " if wrote > 1 else ""
+            error = UserError(
+                f"{path} is of {_processes(wrote)} with environments and a part of the buffer each, and this is "
+                f"{_processes(size)}. Go on with as many: `{launcher}rlkit resume RUN`. To predict or to evaluate, any "
+                f"number will do: `rlkit eval`, or rlkit.load({str(path)!r}, inference=True)"
+            )
+            error.shared = True
+            raise error
+        own = {name for name in (*cls.own, "state") if _of_rank(name, rank) in parts} if rank else set()
+        common = {part for part in parts if not _OF_RANK.fullmatch(part) and (part == "state" or part not in own)}
+        files, about = checkpoint.load(path, common | {_of_rank(name, rank) for name in own})
+        for name in own - {"state"}:
+            files[name] = files.pop(_of_rank(name, rank))
+        files["state"] |= files.pop(_of_rank("state", rank)) if rank else {}
+        return files, about
+
+    @classmethod
     def _restored(cls, config: Any, files: Mapping[str, Any], path: Path, objects: Mapping[str, Any]) -> Self:
         """A trainer into which the state of the checkpoint at `path` can be loaded."""
         return cls(config=config, saved=files["state"], **objects)
@@ -465,6 +546,18 @@ class Trainer:
     def is_object(cls, key: str, value: Any) -> bool:
         """Whether a keyword is a Python object that belongs to the constructor rather than to the configuration."""
         return False
+
+
+_OF_RANK = re.compile(r"\w+-(\d+)")
+
+
+def _of_rank(part: str, rank: int) -> str:
+    """The name, in a checkpoint, of a part that the process `rank` has for itself."""
+    return f"{part}-{rank}" if rank else part
+
+
+def _processes(n: int) -> str:
+    return "one process" if n == 1 else f"{n} processes"
 
 
 def _whole(total: Any) -> int:

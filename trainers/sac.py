@@ -183,6 +183,7 @@ class SAC(ControlTrainer):
     Config = SACConfig
     name = "sac"
     presets = PRESETS
+    several_processes = True
     default_task: ClassVar[Mapping[str, Any]] = {
         "env": "Pendulum-v1", "preset": "auto", "steps": 6_000, "log_every": 500, "eval_every": 1_000,
     }  # fmt: skip
@@ -218,8 +219,10 @@ class SAC(ControlTrainer):
             self.track(temperature_optimizer=adam(self.log_alpha.parameters(), rate))
         else:
             self.log_alpha.requires_grad_(False)
-        self.track(buffer=RolloutBuffer(config.buffer_size, self.transition_fields(), self.device, name="buffer_size"))
-        self._compiled_step = compile_or_eager(self._step, config.compile, self.device)
+        self.track(
+            buffer=RolloutBuffer(self.share("buffer_size"), self.transition_fields(), self.device, name="buffer_size")
+        )
+        self._compiled_step = compile_or_eager(self._step, self.compile_mode(), self.device)
 
     def _check(self, config: SACConfig) -> None:
         most = self.action_dim * math.log(2)
@@ -257,7 +260,7 @@ class SAC(ControlTrainer):
         n, critics = batch["reward"].shape[0], config.policy_kwargs.n_critics
         noise = {"actor": self._noise(n, self.rng["noise"]), "next": self._noise(n, self.rng["noise"])}
         if config.target_critics is not None:
-            order = torch.randperm(critics, generator=self.rng["subset"], device=self.device)
+            order = torch.randperm(critics, generator=self.rng.common("subset"), device=self.device)
             noise["subset"] = order[: config.target_critics]
         self.schedule(*(part for part in self._parts.values() if isinstance(part, torch.optim.Optimizer)))
         return self._compiled_step(
@@ -272,6 +275,7 @@ class SAC(ControlTrainer):
     ) -> dict[str, Tensor]:
         """Critics, actor, temperature, targets, in that order: one gradient step each (Algorithm 1)."""
         config: SACConfig = self.config
+        average = self.processes.average if self.processes.size > 1 else None
         metrics: dict[str, Tensor] = {}
         alpha = self.log_alpha().detach().exp()
         with self.autocast():
@@ -285,7 +289,7 @@ class SAC(ControlTrainer):
 
             q = self.critic(obs, batch["action"])
             loss = critic_loss(q, y)
-        metrics["train/critic_grad_norm"] = descend(self.critic_optimizer, loss)
+        metrics["train/critic_grad_norm"] = descend(self.critic_optimizer, loss, average)
         metrics |= {"train/critic_loss": loss.detach(), "train/q_mean": q.detach().mean(), "train/ent_coef": alpha}
 
         if update_actor:
@@ -293,11 +297,11 @@ class SAC(ControlTrainer):
                 action, logp = self.actor.sample(obs, noise["actor"])
                 q = self.critic(obs, action)
                 loss = actor_loss(logp, q.min(0).values if config.actor_critics == "min" else q.mean(0), alpha)
-            metrics["train/actor_grad_norm"] = descend(self.actor_optimizer, loss)
+            metrics["train/actor_grad_norm"] = descend(self.actor_optimizer, loss, average)
             metrics |= {"train/actor_loss": loss.detach(), "train/entropy": -logp.detach().mean()}
             if self.learned_temperature:
                 loss = temperature_loss(self.log_alpha(), logp, self.target_entropy, config.ent_coef_loss)
-                descend(self.temperature_optimizer, loss)
+                descend(self.temperature_optimizer, loss, average)
                 metrics["train/ent_coef_loss"] = loss.detach()
 
         if update_target:

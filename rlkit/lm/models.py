@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rlkit import checkpoint
 from rlkit.errors import CheckpointError, UserError, did_you_mean
 from rlkit.lm.logps import positions
 from rlkit.lm.sharding import divided_like, is_divided, whole
@@ -565,16 +566,11 @@ def weights_hash(model: nn.Module, *, adapter: bool = True) -> str:
     Args:
         adapter: False leaves an adapter out, as if the model had never got one.
     """
-    digest = hashlib.blake2b(digest_size=16)
     weights = named_weights(model if adapter else unwrapped(model))
     if not adapter:  # peft moves a layer it adapts to `base_layer`, beside `lora_A.default` and the like
         kept = {name: tensor for name, tensor in weights.items() if f".{ADAPTER}." not in f"{name}."}
         weights = {name.replace(".base_layer.", "."): tensor for name, tensor in kept.items()}
-    for name, tensor in sorted(weights.items()):
-        array = whole(tensor).detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return checkpoint.tensors_hash((name, whole(tensor)) for name, tensor in sorted(weights.items()))
 
 
 def files_hash(path: Path) -> str:

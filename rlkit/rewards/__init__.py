@@ -7,7 +7,9 @@ terminated, truncated, env` (arrays with one row a transition; observations flat
 
 `call` makes one call and checks what comes back. In control the modules of a run form a chain: each sees the previous
 one's values in `rewards`, and what the last returns is what the trainer learns from; episode statistics stay in the
-environment's own rewards. A module with state (`state_dict`, `load_state_dict`) is saved with the run.
+environment's own rewards. A module with state (`state_dict`, `load_state_dict`) is saved with the run. Several
+processes have a copy each, with the state of its own calls; one that has `synchronise(processes)` can exchange it after
+every step.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from rlkit.errors import UserError, did_you_mean
+from rlkit.processes import Processes
 
 RewardModule = Callable[..., Any]
 
@@ -83,6 +86,12 @@ class Chain:
                 row = int(np.flatnonzero(np.isnan(rewards))[0])
                 raise UserError(f"reward `{name_of(module)}` returned None for row {row}; a transition needs a number")
         return rewards
+
+    def synchronise(self, processes: Processes) -> None:
+        """Let the modules of all processes exchange what they learned from the last step. Collective."""
+        for module in self.modules:
+            if hasattr(module, "synchronise"):
+                module.synchronise(processes)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(i): m.state_dict() for i, m in enumerate(self.modules) if hasattr(m, "state_dict")}

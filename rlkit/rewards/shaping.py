@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+
+from rlkit.processes import Processes
 
 
 class Scale:
@@ -37,12 +40,12 @@ class Normalize:
 
     For each environment G <- gamma G + r, started at 0 in each episode; the variance is over all values of G so far,
     those of the present step included. Rewards are scaled when they are collected: what is in the buffer keeps the
-    scale of its time.
+    scale of its time. Several processes share one variance; a step's values of the others count from the next one on.
 
     Args:
         clip: bound of the scaled reward.
         gamma: discount of the running return; the run's own.
-        n_envs: environments of the run.
+        n_envs: environments of this process.
     """
 
     def __init__(self, clip: float = 10.0, *, gamma: float = 0.99, n_envs: int = 1, epsilon: float = 1e-8) -> None:
@@ -50,19 +53,35 @@ class Normalize:
         self.spec = f"normalize={clip!r}"
         self.returns = np.zeros(n_envs)
         self.count, self.mean, self.spread = 0, 0.0, 0.0  # spread: sum of squared distances from the mean
+        self._fresh: list[float] = []  # values of the last step, until they are exchanged, and the moments before it
+        self._before = (self.count, self.mean, self.spread)
 
     def __call__(
         self, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, env: np.ndarray, **_: Any
     ) -> np.ndarray:
         self.returns[env] = self.gamma * self.returns[env] + rewards
-        for value in self.returns[env]:  # Welford (1962)
+        self._before = (self.count, self.mean, self.spread)
+        self._fresh = self.returns[env].tolist()
+        self._count(self._fresh)
+        self.returns[env[terminated | truncated]] = 0.0
+        scaled = rewards / np.sqrt(self.spread / self.count + self.epsilon)
+        return np.clip(scaled, -self.clip, self.clip)
+
+    def _count(self, values: Sequence[float]) -> None:
+        for value in values:  # Welford (1962)
             self.count += 1
             delta = value - self.mean
             self.mean += delta / self.count
             self.spread += delta * (value - self.mean)
-        self.returns[env[terminated | truncated]] = 0.0
-        scaled = rewards / np.sqrt(self.spread / self.count + self.epsilon)
-        return np.clip(scaled, -self.clip, self.clip)
+
+    def synchronise(self, processes: Processes) -> None:
+        """Count the last step's values of all processes, in order of rank, as one with all environments would."""
+        fresh = torch.tensor(self._fresh, dtype=torch.float64)[:, None]
+        every = processes.rows(fresh, most=len(self.returns))
+        if self._fresh:
+            self.count, self.mean, self.spread = self._before
+        self._count(every.flatten().tolist())
+        self._fresh = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"returns": self.returns.copy(), "count": self.count, "mean": self.mean, "spread": self.spread}
