@@ -11,10 +11,12 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlkit.errors import RlkitError, UserError
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
+
+WAIT = timedelta(hours=3)  # that processes wait for one another: one may evaluate or write for all
 
 
 def launched() -> int:
@@ -33,7 +38,7 @@ def launched() -> int:
 
 def here() -> int:
     """How many of them share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or launched())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or launched()) if launched() > 1 else 1
 
 
 def expected() -> tuple[int, int]:
@@ -51,6 +56,12 @@ def say(line: str) -> None:
     """A line for the user on standard error, from the main process."""
     if is_main():
         print(line, file=sys.stderr, flush=True)
+
+
+def shared(error: E) -> E:
+    """`error`, marked as one that all processes raise, so that the main one alone says it."""
+    error.shared = True  # type: ignore[attr-defined]
+    return error
 
 
 class Processes:
@@ -141,20 +152,25 @@ class Processes:
         """Go on when all have come here. Collective."""
 
     def same(self, what: str, value: Any) -> None:
-        """Make sure that `value` is equal everywhere. Collective.
+        """Make sure that `value` is equal everywhere; see `alike`. Collective."""
+        self.alike({what: value})
+
+    def alike(self, values: Mapping[str, Any]) -> None:
+        """Make sure that what the texts name is equal everywhere. Collective.
 
         Raises:
             RlkitError: it is not, which would make the processes compute different things.
         """
-        found = self.gather(value)
-        odd = [rank for rank, other in enumerate(found) if other != found[0]]
-        if odd:
-            raise _shared(
-                RlkitError(
-                    f"{what}: process {odd[0]} has {found[odd[0]]!s:.80}, process 0 has {found[0]!s:.80}; all of them "
-                    "have to see the same files and settings"
-                )
-            )
+        found = self.gather(values)
+        for rank, others in enumerate(found):
+            for what, value in found[0].items():
+                if others[what] != value:
+                    raise shared(
+                        RlkitError(
+                            f"{what}: process {rank} has {others[what]!s:.80}, process 0 has {value!s:.80}; all of "
+                            "them have to see the same files and settings"
+                        )
+                    )
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -184,7 +200,7 @@ class _Several(Processes):
         here, devices = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
         if not cpu and here > devices:
             raise UserError(f"{here} processes were started on a machine with {devices} CUDA devices")
-        state = PartialState(cpu=cpu)
+        state = PartialState(cpu=cpu, timeout=WAIT)
         if state.num_processes != launched():
             raise RlkitError(
                 f"the launcher started {launched()} processes, but {state.num_processes} joined (as "
@@ -197,7 +213,7 @@ class _Several(Processes):
         self._known: bool | None = None  # the outcome of a vote that was held along with something else
         atexit.register(self._leave)  # its threads must not outlive the interpreter
         # Flags and texts go through gloo, so that asking a question never waits for a GPU's queue.
-        self._control = None if cpu else torch.distributed.new_group(backend="gloo")
+        self._control = None if cpu else torch.distributed.new_group(backend="gloo", timeout=WAIT)
 
     def _leave(self) -> None:
         if self._torch.distributed.is_initialized():
@@ -218,10 +234,10 @@ class _Several(Processes):
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).split(". ")[0].split("\n")[0]
             raise RlkitError(
-                f"lost touch with the other processes: one of them has ended or hangs ({reason}). What it said stands "
-                "above, and in the launcher's report; the same number of processes can go on from the last checkpoint"
+                f"lost touch with the other processes: one of them has ended, or hangs ({reason}); it, or the "
+                "launcher, says why. As many processes can go on from the last checkpoint by `rlkit resume`"
             ) from error
 
     def any(self, flag: bool) -> bool:
@@ -261,7 +277,7 @@ class _Several(Processes):
                 own = failure if rank == self.rank else None
                 if own is not None and not isinstance(own, RlkitError | OSError):
                     raise own  # with its traceback
-                raise _shared(error) from own
+                raise shared(error) from own
 
     def sum(self, values: Tensor) -> Tensor:
         total = values.clone()
@@ -337,7 +353,7 @@ class _Several(Processes):
         while True:
             kind, content = self._send(None)
             if kind == "error":
-                raise _shared(content)
+                raise shared(content)
             if kind == "value":
                 return content
             name, args = content
@@ -381,12 +397,6 @@ class _Several(Processes):
                 # They are constants here (tables of positions), and synchronising them would make inference collective.
                 broadcast_buffers=False,
             )
-
-
-def _shared(error: Exception) -> Exception:
-    """Mark `error` as one that all processes raise, so that the main one alone says it."""
-    error.shared = True  # type: ignore[attr-defined]
-    return error
 
 
 def _portable(error: Exception, rank: int) -> Exception:

@@ -225,7 +225,9 @@ class Run:
         failures = [text for text in self.processes.gather(error and str(error)) if text is not None]
         if failures:
             if last:
-                raise RlkitError(f"cannot write the last checkpoint of {self.folder}: {failures[0]}") from error
+                raise processes.shared(
+                    RlkitError(f"cannot write the last checkpoint of {self.folder}: {failures[0]}")
+                ) from error
             self.say(f"cannot write a checkpoint at step {trainer.clock:,} ({failures[0]}); training goes on")
             return
         self._saved_at = (trainer.clock, trainer.owed)

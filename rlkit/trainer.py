@@ -77,8 +77,8 @@ class Trainer:
         clock: experience consumed so far, in units of `counts`.
         owed: gradient updates due for it before more is gathered.
         updates: gradient updates made.
-        processes: the processes of the run, of which this is one. What steps at the same time in all of them decides by
-            numbers that are equal in all; gradients become so by `descend(…, self.processes.average)`.
+        processes: the processes of the run, of which this is one. Gradients become those of all of them by
+            `descend(…, self.processes.average)`.
         log: of the present or last `learn`: `log.history` and `log.eval_history` hold its records, folder or not.
         rng: named random streams (`rng["sample"]`, …); an update receives its noise from them as an argument.
     """
@@ -95,7 +95,9 @@ class Trainer:
     modules_part: ClassVar[str] = "policy"
     """Part of a checkpoint that holds the tracked modules."""
     several_processes: ClassVar[bool] = False
-    """Whether a run can have several processes, which divide the work among themselves."""
+    """Whether a run can have several processes, which divide the work among themselves. Whatever is drawn, chosen or
+    counted differently in them must not decide what they do together.
+    """
     own: ClassVar[frozenset[str]] = frozenset()
     """Files of the state, and keys of its file `state`, that each of them has for itself; the rest is equal in all."""
     inference_parts: ClassVar[frozenset[str]] = frozenset({"policy", "state", "config.yaml"})
@@ -230,11 +232,10 @@ class Trainer:
     def _compare(self) -> None:
         """Make sure that all processes are about to compute the same."""
         if self.processes.size > 1:
-            for name, value in {**to_dict(self.config), "total_timesteps": self.target}.items():
-                self.processes.same(f"`{name}`", value)
+            fields = {**to_dict(self.config), "total_timesteps": self.target}
             modules = [part for part in self._parts.values() if isinstance(part, nn.Module)]
-            weights = (pair for module in modules for pair in module.state_dict().items())
-            self.processes.same("the weights", checkpoint.tensors_hash(weights))
+            weights = checkpoint.tensors_hash(pair for module in modules for pair in module.state_dict().items())
+            self.processes.alike({**{f"`{name}`": value for name, value in fields.items()}, "the weights": weights})
 
     def default_target(self) -> int:
         """The budget where none is given.
@@ -283,9 +284,7 @@ class Trainer:
         name = (losses or wrong)[0] if self.processes.size > 1 else wrong[0]
         own = self.processes.rank == source
         told = self.processes.together(lambda: self._divergence(name, float(metrics[name]), batch) if own else "")
-        error = DivergenceError(told[source])
-        error.shared = True
-        raise error
+        raise processes.shared(DivergenceError(told[source]))
 
     def _divergence(self, name: str, value: float, batch: Batch) -> str:
         """What went wrong in this process; its batch is written into the run's folder."""
@@ -522,13 +521,13 @@ class Trainer:
         wrote = 1 + max((int(match[1]) for part in parts if (match := _OF_RANK.fullmatch(part))), default=0)
         if wrote != size:
             launcher = f"torchrun --nproc_per_node {wrote} -m " if wrote > 1 else ""
-            error = UserError(
-                f"{path} is of {_processes(wrote)} with environments and a part of the buffer each, and this is "
-                f"{_processes(size)}. Go on with as many: `{launcher}rlkit resume RUN`. To predict or to evaluate, any "
-                f"number will do: `rlkit eval`, or rlkit.load({str(path)!r}, inference=True)"
+            raise processes.shared(
+                UserError(
+                    f"{path} is of {_processes(wrote)} with environments and a part of the buffer each, and this is "
+                    f"{_processes(size)}. Go on with as many: `{launcher}rlkit resume RUN`. To predict or to evaluate, "
+                    f"any number will do: `rlkit eval`, or rlkit.load({str(path)!r}, inference=True)"
+                )
             )
-            error.shared = True
-            raise error
         own = {name for name in (*cls.own, "state") if _of_rank(name, rank) in parts} if rank else set()
         common = {part for part in parts if not _OF_RANK.fullmatch(part) and (part == "state" or part not in own)}
         files, about = checkpoint.load(path, common | {_of_rank(name, rank) for name in own})

@@ -140,6 +140,19 @@ def run_rlkit(*args: str, env: Mapping[str, str] | None = None, cwd: Path | None
     )  # fmt: skip
 
 
+def torchrun(n: int, *args: str) -> list[str]:
+    """The command `torchrun` for `n` processes on this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *args]
+
+
+def finish(command: list[str], env: Mapping[str, str] | None = None) -> str:
+    """Run `command`, each of its processes on one thread, to its good end; -> what it said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def wait_for(condition: Any, seconds: float = 60.0) -> None:
     """Poll until `condition()`.
 

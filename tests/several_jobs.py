@@ -124,6 +124,13 @@ def in_between(folder: Path) -> None:
     )
 
 
+class Alone(rlkit.SAC):
+    """A trainer that knows nothing of other processes."""
+
+    name = "alone"
+    several_processes = False
+
+
 def agree(folder: Path) -> None:
     """The questions that processes ask one another, and the errors of those that do not fit together."""
     group = join("cpu")
@@ -143,7 +150,7 @@ def agree(folder: Path) -> None:
 
     said = [_message(lambda: group.from_main(fail))]
     said.append(_message(lambda: group.same("the seed", group.rank)))
-    said.append(_message(lambda: rlkit.SAC("Pendulum-v1")))
+    said.append(_message(lambda: Alone("Pendulum-v1")))
     model, tokenizer = tiny_llama(group.rank)
     options = {**FIXED, "processing_class": tokenizer}
     said.append(_message(lambda: rlkit.DPO(model, train_dataset=PAIRS, **options)))

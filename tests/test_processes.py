@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import fingerprint, wait_for
+from helpers import fingerprint, finish, torchrun, wait_for
 from lm_zoo import PAIRS, saved_llama
 from several_jobs import CASES, digest, trained
 
@@ -24,17 +23,11 @@ from rlkit.lm.sample import Samples
 from rlkit.metrics import read_jsonl
 
 JOBS = Path(__file__).parent / "several_jobs.py"
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def job(name: str, folder: Path) -> None:
     """Run a job of `several_jobs.py` in two processes."""
-    done = subprocess.run(
-        [*LAUNCH, str(JOBS), name, str(folder)],
-        capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    finish(torchrun(2, str(JOBS), name, str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +63,7 @@ def test_processes_agree_and_notice_what_does_not_fit(tmp_path: Path) -> None:
     for said in (main, other):
         assert said[0] == "the main one found a mistake"
         assert said[1].startswith("the seed: process 1 has 1, process 0 has 0; all of them have to see")
-        assert said[2] == "`sac` runs in one process, and 2 were started"
+        assert said[2] == "`alone` runs in one process, and 2 were started"
         assert said[3].startswith("the model: process 1 has ")
         assert said[4].startswith("the data: process 1 has ")
         assert said[5] == "`device`: got 'cuda:1'; several processes take auto, cpu or cuda: each gets its own"
@@ -113,16 +106,10 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[
     data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS * 3), encoding="utf-8")
     options = ["--model", model, "--data", str(data), "--per_device_train_batch_size", "1", "--checkpoint_every", "4"]
     options += ["--eval_samples", "0", "--learning_rate", "1e-3", "--device", "cpu", "--tensorboard", "false"]
-    command = [*LAUNCH, "-m", "rlkit", "train", "dpo", *options, "--steps", "60"]
-    environment = {**ENVIRONMENT, "RLKIT_CACHE": str(place / "cache")}
+    command = torchrun(2, "-m", "rlkit", "train", "dpo", *options, "--steps", "60")
+    environment = {"RLKIT_CACHE": str(place / "cache")}
     finish([*command, "--out", str(place / "whole")], environment)
     return command, environment, place / "whole"
-
-
-def finish(command: list[str], environment: dict[str, str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "kill -9 of one"])
@@ -136,8 +123,8 @@ def test_the_command_line_under_a_launcher(
     command, environment, whole = launched
     run = tmp_path / "run"
     with subprocess.Popen(
-        [*command, "--out", str(run)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        start_new_session=True,
+        [*command, "--out", str(run)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True,
     ) as process:  # fmt: skip
         wait_for(lambda: len(list((run / "checkpoints").glob("step-*"))) > 0 or process.poll() is not None)
         assert process.poll() is None, process.communicate()[0]
@@ -150,7 +137,7 @@ def test_the_command_line_under_a_launcher(
     assert process.returncode != 0
     assert said.count("dpo: device cpu, float32, seed 0") == 1
     assert said.count("stopped by SIGINT at step") == (how == "ctrl-c")
-    finish([*LAUNCH, "-m", "rlkit", "resume", str(run)], environment)
+    finish(torchrun(2, "-m", "rlkit", "resume", str(run)), environment)
     assert fingerprint(run) == fingerprint(whole)
 
 
