@@ -197,9 +197,9 @@ class _Several(Processes):
                     "`accelerate launch --multi_gpu`, and divide weights among them with `--fsdp true`"
                 )
         cpu = device == "cpu" or not torch.cuda.is_available()
-        here, devices = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
-        if not cpu and here > devices:
-            raise UserError(f"{here} processes were started on a machine with {devices} CUDA devices")
+        devices = torch.cuda.device_count()
+        if not cpu and here() > devices:
+            raise UserError(f"{here()} processes were started on a machine with {devices} CUDA devices")
         state = PartialState(cpu=cpu, timeout=WAIT)
         if state.num_processes != launched():
             raise RlkitError(

@@ -197,7 +197,7 @@ def test_kill_of_one_process_ends_all_and_costs_what_came_after_the_checkpoint(
 
 @pytest.mark.slow
 def test_two_processes_learn_the_pendulum(tmp_path: Path) -> None:
-    """From below -1,000 to what swings up and holds (an agent of one process is at about -150, too)."""
+    """From falling about to swinging up and holding."""
     job("learn", tmp_path)
     returns = [record["eval/mean_reward"] for record in read_jsonl(tmp_path / "run" / "eval.jsonl")]
     assert returns[0] < -900
