@@ -29,8 +29,10 @@ from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatt
 from rlkit.envs.vector import VectorAdapter
 from rlkit.errors import CheckpointError, UserError, did_you_mean
 from rlkit.evaluate import evaluate
-from rlkit.nets import ActivationName, RunningNorm, ToFloat32
+from rlkit.nets import ActivationName, RunningNorm, ToFloat32, use_library
 from rlkit.nstep import NStep
+from rlkit.optim import Adam
+from rlkit.products import library
 from rlkit.trainer import Batch, Trainer
 
 WINDOW = 100  # episodes behind rollout/ep_rew_mean, as in Stable-Baselines3
@@ -293,6 +295,12 @@ class ControlTrainer(Trainer):
 
     # Collection
 
+    def track(self, **parts: Any) -> None:
+        super().track(**parts)
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                use_library(part, library(self.config.matmul, self.device))
+
     @property
     def obs_dim(self) -> int:
         return int(self.flat_observation_space.shape[0])
@@ -377,12 +385,18 @@ class ControlTrainer(Trainer):
         fraction = 1.0 - self.progress if self.config.learning_rate_schedule == "linear" else 1.0
         return self.config.learning_rate * fraction
 
-    def schedule(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Set the scheduled learning rate."""
+    def schedule(self) -> None:
+        """Set the scheduled learning rate of all optimisers."""
         if self.config.learning_rate_schedule != "constant":
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate
+            for part in self._parts.values():
+                if isinstance(part, Adam):
+                    part.learning_rate = self.learning_rate
+
+    def planned_updates(self) -> float:
+        config, steps = self.config, self.target - max(self.clock, self.config.learning_starts)
+        if config.gradient_steps < 0:
+            return steps
+        return steps / (self.n_envs * config.train_freq) * config.gradient_steps
 
     # Names that Stable-Baselines3's callbacks know; see `rlkit.sb3`
 
