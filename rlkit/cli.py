@@ -356,6 +356,19 @@ def convert(args: Sequence[str]) -> int:
     return 0
 
 
+def export(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit export", description="A policy as one file, or a language model as a model folder.")
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or saved folder")
+    parser.add_argument("--format", required=True, choices=["onnx", "torch", "hf"], help="hf: language models")
+    parser.add_argument("--out", metavar="FILE", help="[default: RUN/policy.onnx, RUN/policy.pt2, RUN/hf]")
+    parser.add_argument("--merged", action="store_true", help="hf: merge an adapter into its model")
+    given = parse(parser, args)
+    from rlkit.export import export as write
+
+    print(write(given.run, given.format, given.out, merged=given.merged, say=_say))
+    return 0
+
+
 def doctor(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit doctor", description="Versions, devices, and what is installed.")
     parser.add_argument("--determinism", action="store_true", help="run a tiny job twice and compare hashes")
@@ -380,6 +393,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "video": (video, "film deterministic evaluation episodes of a run"),
     "data": (data, "`data inspect FILE`: counts, problems, token lengths, examples"),
     "convert": (convert, "turn an SAC that Stable-Baselines3 saved into rlkit's"),
+    "export": (export, "a policy as ONNX or PyTorch program, a language model as model folder"),
     "push": (push, "upload a language model to the Hugging Face hub"),
     "bench": (bench, "run a benchmark suite of a checkout"),
     "doctor": (doctor, "versions, devices and extras"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlkit import checkpoint
+from rlkit.checkpoint import MANIFEST
 from rlkit.errors import UserError
 
 
@@ -17,14 +17,14 @@ def default_place(run: str | Path, name: str) -> Path:
     Into the run folder; what is made of one of its checkpoints has the step in its name (`step-0000010000-video.mp4`).
     Beside a saved folder (`agent-video.mp4`): it could not be saved again if it held anything else.
 
-    Raises:
-        UserError: nothing can be loaded from `run`.
     """
-    found, home, _ = checkpoint.resolve(run)
-    given = Path(run).resolve()
-    if home is None:
-        return found.resolve().with_name(f"{given.name}-{name}")
-    return home / (f"{given.name}-{name}" if given.name.startswith("step-") else name)
+    given = Path(run)
+    given = given if given.name not in ("", "..") else given.resolve()
+    if given.name == "checkpoints":
+        return given.parent / name
+    if given.parent.name == "checkpoints":
+        return given.parent.parent / f"{given.name}-{name}"
+    return given.with_name(f"{given.name}-{name}") if (given / MANIFEST).exists() else given / name
 
 
 def check_suffix(out: Path, suffix: str) -> Path:

@@ -73,7 +73,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
-    for command in ("list", "train", "resume", "eval", "plot", "video", "bench", "doctor"):
+    for command in ("list", "train", "resume", "eval", "plot", "video", "export", "bench", "doctor"):
         assert re.search(rf"^  {command} +\w", out, re.MULTILINE)
         with contextlib.suppress(SystemExit):
             main([command, "--help"])

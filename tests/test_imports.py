@@ -158,6 +158,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         (["eval", "--help"], "--episodes"),
         (["plot", "--help"], "--out"),
         (["video", "--help"], "--episodes"),
+        (["export", "--help"], "--format"),
     ],
 )
 def test_help_and_lists_load_nothing_heavy(args: list[str], expected: str) -> None:
