@@ -248,7 +248,9 @@ def _require_onnx() -> None:
     """Raise UserError, with the install command, where a part of the extra `onnx` is absent."""
     absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if absent:
-        raise UserError(f'{", ".join(absent)} is not installed; run: pip install "rlkit-trainers[onnx]"')
+        raise UserError(
+            f'{", ".join(absent)} is not installed; run: pip install "rlkit-trainers[onnx]", or take `--format torch`'
+        )
 
 
 @contextmanager
