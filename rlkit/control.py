@@ -28,7 +28,7 @@ from rlkit.config import Count, Fraction, Positive, RunConfig, Strict, Whole, me
 from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatten_obs, space_from_json, space_to_json
 from rlkit.envs.vector import VectorAdapter
 from rlkit.errors import CheckpointError, UserError, did_you_mean
-from rlkit.evaluate import evaluate
+from rlkit.evaluate import Watch, evaluate
 from rlkit.nets import ActivationName, RunningNorm, ToFloat32, use_library
 from rlkit.nstep import NStep
 from rlkit.optim import Adam
@@ -125,6 +125,8 @@ class ControlTrainer(Trainer):
     """Names of the gymnasium spaces whose actions the policy can produce."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Environment id, or a name, -> fields."""
+    policy_parts: ClassVar[tuple[str, ...]] = ("normalizer", "actor")
+    """Tracked modules that `act` reads, whose weights an exported policy holds."""
 
     buffer: RolloutBuffer
     normalizer: RunningNorm | ToFloat32
@@ -503,13 +505,19 @@ class ControlTrainer(Trainer):
         )
 
     def evaluate(
-        self, episodes: int = 10, *, seed: int | None = None, should_stop: Callable[[], bool] = lambda: False
+        self,
+        episodes: int = 10,
+        *,
+        seed: int | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        watch: Watch = lambda index, env, observation, action: None,
     ) -> dict[str, Any] | None:
         make_env = self.make_eval_env()
         if make_env is None:
             raise UserError("evaluation needs an environment of its own: pass `eval_env=` (a function that makes one)")
         self._set_training(False)
-        result = evaluate(self, make_env, episodes, self.config.seed if seed is None else seed, should_stop=should_stop)
+        chosen = self.config.seed if seed is None else seed
+        result = evaluate(self, make_env, episodes, chosen, should_stop=should_stop, watch=watch)
         self._set_training(True)
         return None if result is None else {**result.record(), "eval/returns": result.returns}
 
