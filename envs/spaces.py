@@ -102,6 +102,7 @@ class ActionScale:
     Attributes:
         dim: number of action dimensions, flattened.
         low, high: (dim,) bounds in the dtype of the space.
+        middle, half: (dim,) float64, centre and half width of the box.
 
     Raises:
         UserError: the box is unbounded or not of floats.
@@ -114,15 +115,15 @@ class ActionScale:
         self.low, self.high = space.low.reshape(-1), space.high.reshape(-1)
         # In float64: high - low of a float32 box may overflow, and middle - half would miss low between unlike bounds.
         low, high = self.low.astype(np.float64), self.high.astype(np.float64)
-        self._middle, self._half = low / 2 + high / 2, high / 2 - low / 2
+        self.middle, self.half = low / 2 + high / 2, high / 2 - low / 2
         self._vector = len(space.shape) == 1
-        self._identity = bool(np.all(self._middle == 0) and np.all(self._half == 1))
+        self._identity = bool(np.all(self.middle == 0) and np.all(self.half == 1))
 
     def to_env(self, action: NDArray[Any]) -> NDArray[Any]:
         """([n,] dim) in [-1, 1] -> new array ([n,] *space.shape) in the dtype of the space, clipped to its bounds."""
         if not self._identity:
-            action = action * self._half
-            action += self._middle
+            action = action * self.half
+            action += self.middle
         scaled: NDArray[Any] = action.astype(self.space.dtype)
         # The sum above may round to just outside of the bounds, and many environments check them.
         np.maximum(scaled, self.low, out=scaled)
@@ -133,7 +134,7 @@ class ActionScale:
         """([n,] *space.shape) -> ([n,] dim) float32 in [-1, 1]; 0 where the bounds coincide."""
         batch = action.shape[: action.ndim - len(self.space.shape)]
         flat = action.reshape(*batch, self.dim).astype(np.float64)
-        unit = np.divide(flat - self._middle, self._half, out=np.zeros_like(flat), where=self._half > 0)
+        unit = np.divide(flat - self.middle, self.half, out=np.zeros_like(flat), where=self.half > 0)
         result: NDArray[np.float32] = np.clip(unit, -1.0, 1.0).astype(np.float32)
         return result
 

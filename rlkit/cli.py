@@ -46,12 +46,24 @@ def parse(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse.Name
 
 def count(text: str) -> int:
     """A positive whole number; `1e6` and `10_000` are fine."""
+    return _integer(text, 1)
+
+
+def whole(text: str) -> int:
+    """A whole number from 0 on."""
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
     try:
-        value = float(text)
+        value: float = int(text)
     except ValueError:
-        value = math.nan
-    if not (1 <= value < math.inf and value == int(value)):
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: an integer >= 1")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+    if not (least <= value < math.inf and value == int(value)):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: an integer >= {least}")
     return int(value)
 
 
@@ -201,11 +213,9 @@ def evaluate(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit eval", description="Evaluate the newest checkpoint of a run, deterministically.")
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or saved folder")
     parser.add_argument("--episodes", type=count, metavar="N", help="episodes, or rows [default: the run's own]")
-    parser.add_argument("--seed", type=int, metavar="S", help="episode k is reset with a seed derived from (S, k)")
+    parser.add_argument("--seed", type=whole, metavar="S", help="episode k is reset with a seed derived from (S, k)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     given = parse(parser, args)
-    if given.seed is not None and given.seed < 0:
-        raise UserError(f"--seed: got {given.seed}; allowed: an integer >= 0")
     from rlkit.trainer import load
 
     trainer = load(given.run, inference=True)
@@ -238,6 +248,23 @@ def plot(args: Sequence[str]) -> int:
     runs = [Path(run) for run in given.runs]
     default = runs[0] / "learning-curve.png" if len(runs) == 1 else Path("learning-curves.png")
     print(draw(runs, Path(given.out) if given.out else default))
+    return 0
+
+
+def video(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit video", description="Film deterministic evaluation episodes: those of `rlkit eval`.")
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or saved folder")
+    parser.add_argument("--out", metavar="FILE.mp4", help="replaced if it is there [default: RUN/video.mp4]")
+    parser.add_argument("--episodes", type=count, default=1, metavar="N", help="[default: 1]")
+    parser.add_argument("--seed", type=whole, metavar="S", help="episode k is reset with a seed derived from (S, k)")
+    given = parse(parser, args)
+    from rlkit.files import default_place
+    from rlkit.trainer import load
+    from rlkit.video import film
+
+    out = Path(given.out) if given.out else default_place(given.run, "video.mp4")
+    film(load(given.run, inference=True), out, given.episodes, given.seed, say=_say)
+    print(out)
     return 0
 
 
@@ -329,6 +356,19 @@ def convert(args: Sequence[str]) -> int:
     return 0
 
 
+def export(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit export", description="A policy as one file, or a language model as a model folder.")
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or saved folder")
+    parser.add_argument("--format", required=True, choices=["onnx", "torch", "hf"], help="hf: language models")
+    parser.add_argument("--out", metavar="FILE", help="[default: RUN/policy.onnx, RUN/policy.pt2, RUN/hf]")
+    parser.add_argument("--merged", action="store_true", help="hf: merge an adapter into its model")
+    given = parse(parser, args)
+    from rlkit.export import export as write
+
+    print(write(given.run, given.format, given.out, merged=given.merged, say=_say))
+    return 0
+
+
 def doctor(args: Sequence[str]) -> int:
     parser = Parser(prog="rlkit doctor", description="Versions, devices, and what is installed.")
     parser.add_argument("--determinism", action="store_true", help="run a tiny job twice and compare hashes")
@@ -350,8 +390,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "resume": (resume, "finish an interrupted run, or go on to a larger total"),
     "eval": (evaluate, "evaluate the newest checkpoint of a run"),
     "plot": (plot, "learning curves of one or several runs"),
+    "video": (video, "film deterministic evaluation episodes of a run"),
     "data": (data, "`data inspect FILE`: counts, problems, token lengths, examples"),
     "convert": (convert, "turn an SAC that Stable-Baselines3 saved into rlkit's"),
+    "export": (export, "a policy as ONNX or PyTorch program, a language model as model folder"),
     "push": (push, "upload a language model to the Hugging Face hub"),
     "bench": (bench, "run a benchmark suite of a checkout"),
     "doctor": (doctor, "versions, devices and extras"),

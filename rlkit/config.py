@@ -63,7 +63,11 @@ class RunConfig(Strict):
     threads: Count | None = None
     """CPU threads of PyTorch; None leaves PyTorch's choice. Exact resumption needs the same number."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the update with torch.compile. `auto` compiles on CUDA only."""
+    """Compile the update with torch.compile. `auto` compiles on CUDA, and on a CPU where the first `learn` asks for so
+    many updates that the time of compiling is won back. Several processes update eagerly."""
+    matmul: Literal["auto", "blas", "onednn"] = "auto"
+    """Library of float32 matrix products on a CPU: PyTorch's `blas`, or `onednn`, which `auto` takes on AMD processors
+    with AVX-512. Exact resumption needs the same one."""
     checkpoint_every: Count = 10_000
     """Steps between checkpoints; a run always ends with one."""
     keep_checkpoints: Count = 2

@@ -32,9 +32,11 @@ from rlkit.config import Count, Fraction, Positive, RunConfig, Strict, Whole, me
 from rlkit.envs.spaces import ActionScale, check_action_space, flat_space, flatten_obs, space_from_json, space_to_json
 from rlkit.envs.vector import VectorAdapter
 from rlkit.errors import CheckpointError, UserError, did_you_mean
-from rlkit.evaluate import evaluate
-from rlkit.nets import ActivationName, RunningNorm, ToFloat32
+from rlkit.evaluate import Watch, evaluate
+from rlkit.nets import ActivationName, RunningNorm, ToFloat32, use_library
 from rlkit.nstep import NStep
+from rlkit.optim import Adam
+from rlkit.products import library
 from rlkit.trainer import Batch, Trainer
 
 WINDOW = 100  # episodes behind rollout/ep_rew_mean, as in Stable-Baselines3
@@ -131,6 +133,8 @@ class ControlTrainer(Trainer):
     own = frozenset({"buffer", "rng", "meter", "env", "reward", "n_step", "window"})
     divided: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size")
     """Fields, where there are such, that say how much all processes have together; see `share`."""
+    policy_parts: ClassVar[tuple[str, ...]] = ("normalizer", "actor")
+    """Tracked modules that `act` reads, whose weights an exported policy holds."""
 
     buffer: RolloutBuffer
     normalizer: RunningNorm | ToFloat32
@@ -305,6 +309,12 @@ class ControlTrainer(Trainer):
 
     # Collection
 
+    def track(self, **parts: Any) -> None:
+        super().track(**parts)
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                use_library(part, library(self.config.matmul, self.device))
+
     @property
     def obs_dim(self) -> int:
         return int(self.flat_observation_space.shape[0])
@@ -410,27 +420,24 @@ class ControlTrainer(Trainer):
     def batch(self) -> Batch:
         return self.buffer.sample(self.share("batch_size"), self.rng["sample"])
 
-    def compile_mode(self) -> str:
-        """`compile` of the configuration; several processes exchange gradients, and update eagerly."""
-        mode = str(self.config.compile)
-        if self.processes.size == 1:
-            return mode
-        if mode == "on" or (mode == "auto" and self.device.type == "cuda"):
-            processes.say("`compile`: updates of several processes run eagerly")
-        return "off"
-
     @property
     def learning_rate(self) -> float:
         """Adam's step size now, under the schedule."""
         fraction = 1.0 - self.progress if self.config.learning_rate_schedule == "linear" else 1.0
         return self.config.learning_rate * fraction
 
-    def schedule(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Set the scheduled learning rate."""
+    def schedule(self) -> None:
+        """Set the scheduled learning rate of all optimisers."""
         if self.config.learning_rate_schedule != "constant":
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate
+            for part in self._parts.values():
+                if isinstance(part, Adam):
+                    part.learning_rate = self.learning_rate
+
+    def planned_updates(self) -> float:
+        config, steps = self.config, self.target - max(self.clock, self.config.learning_starts)
+        if config.gradient_steps < 0:
+            return steps
+        return steps / (self.n_envs * self.processes.size * config.train_freq) * config.gradient_steps
 
     # Names that Stable-Baselines3's callbacks know; see `rlkit.sb3`
 
@@ -537,7 +544,12 @@ class ControlTrainer(Trainer):
         )
 
     def evaluate(
-        self, episodes: int = 10, *, seed: int | None = None, should_stop: Callable[[], bool] = lambda: False
+        self,
+        episodes: int = 10,
+        *,
+        seed: int | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        watch: Watch = lambda index, env, observation, action: None,
     ) -> dict[str, Any] | None:
         """A record of whole episodes, which the main one of several processes runs; None when `should_stop` said so.
 
@@ -546,18 +558,22 @@ class ControlTrainer(Trainer):
         Args:
             episodes: how many.
             seed: of the episodes; by default the run's.
+            watch: sees every step; see `rlkit.evaluate`.
 
         Raises:
             UserError: there is no environment to evaluate in.
         """
-        return self.processes.from_main(lambda: self._evaluate(episodes, seed, should_stop))
+        return self.processes.from_main(lambda: self._evaluate(episodes, seed, should_stop, watch))
 
-    def _evaluate(self, episodes: int, seed: int | None, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+    def _evaluate(
+        self, episodes: int, seed: int | None, should_stop: Callable[[], bool], watch: Watch
+    ) -> dict[str, Any] | None:
         make_env = self.make_eval_env()
         if make_env is None:
             raise UserError("evaluation needs an environment of its own: pass `eval_env=` (a function that makes one)")
         self._set_training(False)
-        result = evaluate(self, make_env, episodes, self.config.seed if seed is None else seed, should_stop=should_stop)
+        chosen = self.config.seed if seed is None else seed
+        result = evaluate(self, make_env, episodes, chosen, should_stop=should_stop, watch=watch)
         self._set_training(True)
         return None if result is None else {**result.record(), "eval/returns": result.returns}
 

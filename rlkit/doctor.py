@@ -5,25 +5,37 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import psutil
 import torch
 
+from rlkit import rendering
 from rlkit._version import __version__
-from rlkit.products import preferred
+from rlkit.products import onednn_products, preferred
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "safetensors", "tensorboard")
-EXTRAS = {"wandb": "wandb", "sbx-rl": "bench", "pytest": "dev"}
+EXTRAS = {
+    "wandb": "wandb", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "sbx-rl": "bench", "pytest": "dev",
+}  # fmt: skip
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
+"""What /proc/cpuinfo calls units that multiply bf16 numbers, on x86 and on ARM."""
+SIDE = 512  # of the matrices whose product is timed
+SECONDS = 0.1  # of timing, for each kind of product
 
 
 def report() -> Iterator[str]:
-    """Lines about versions, processor, devices and optional packages."""
+    """Lines about versions, processor, devices, rendering, compilers and optional packages."""
     yield f"rlkit {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "packages: " + ", ".join(f"{name} {_version(name) or 'absent'}" for name in PACKAGES)
     capability, memory = torch.backends.cpu.get_cpu_capability(), psutil.virtual_memory()
-    threads = f"{torch.get_num_threads()} PyTorch threads"
-    yield f"processor: {os.cpu_count()} cores, {threads}, {capability}, float32 products by {preferred()}"
+    yield f"processor: {os.cpu_count()} cores, {capability}, float32 products of language models by {preferred()}"
+    yield threads()
+    yield bf16()
     yield f"memory: {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -31,10 +43,57 @@ def report() -> Iterator[str]:
             yield f"cuda:{i}: {properties.name}, {properties.total_memory / 1e9:.0f} GB"
     else:
         yield "cuda: none"
+    yield f"rendering: {rendering.describe()}"
+    yield compiler()
     for package, extra in EXTRAS.items():
         found = _version(package)
         hint = f'absent; pip install "rlkit-trainers[{extra}]"'
         yield f"optional {package}: {found or hint}"
+
+
+def threads() -> str:
+    """A line about how many threads PyTorch uses, and why."""
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    why = "OMP_NUM_THREADS is not set" if chosen is None else f"OMP_NUM_THREADS={chosen}"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"threads: PyTorch uses {torch.get_num_threads()}, {usable} cores are usable ({why}); `--threads N` sets it"
+
+
+def bf16() -> str:
+    """A line about the processor's bf16 units, the measured rates of products, and which `--precision` is faster."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    found = [flag for flag in BF16_FLAGS if flag in flags]
+    units = ", ".join(found) if found else "no units for it" if flags else "units unknown"
+    single, half = rate(torch.float32), rate(torch.bfloat16)
+    rates, gain = f"float32 {single:.0f}", f"{half / single:.1f} times"
+    if preferred() == "onednn":
+        by_onednn = rate(torch.float32, onednn=True)
+        rates += f" (oneDNN {by_onednn:.0f})"
+        gain += f" (language models: {half / by_onednn:.1f} times)"
+    faster = f"`--precision bf16` computes large products {gain} as fast"
+    advice = faster if half > 1.2 * single else "`--precision float32` is as fast or faster"
+    return f"bf16: {units}; products at {rates}, bf16 {half:.0f} GFLOP/s: {advice}"
+
+
+def rate(dtype: torch.dtype, onednn: bool = False) -> float:
+    """GFLOP/s of the fastest of several matrix products on the CPU; takes about `SECONDS`."""
+    a, b = (torch.ones(SIDE, SIDE, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    with onednn_products() if onednn else nullcontext():
+        torch.mm(a, b)  # the first one prepares
+        while time.perf_counter() < end or best == float("inf"):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - start)
+    return 2 * SIDE**3 / best / 1e9
+
+
+def compiler() -> str:
+    """A line about the C++ compiler that torch.compile would use on a CPU."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    return f"compiler: {found}" if found else f"compiler: no {' or '.join(names)}, which `--compile on` needs on a CPU"
 
 
 def _version(package: str) -> str | None:

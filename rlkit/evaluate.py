@@ -23,6 +23,10 @@ from rlkit.rng import derive
 STEP_LIMIT = 100_000
 """Steps after which an episode that never ends is an error (an environment without a time limit)."""
 
+Watch = Callable[[int, gym.Env, Any, Any], None]
+"""`watch(index, env, observation, action)`: called before every step of an episode, and once it is over with None for
+the action. What it keeps of the arrays it has to copy: environments may write into them."""
+
 
 class Predictor(Protocol):
     """Anything with Stable-Baselines3's `predict`."""
@@ -83,6 +87,7 @@ def evaluate(
     deterministic: bool = True,
     parallel: int = 10,
     should_stop: Callable[[], bool] = lambda: False,
+    watch: Watch = lambda index, env, observation, action: None,
 ) -> Evaluation | None:
     """Run `episodes` episodes; None when `should_stop` said so in between.
 
@@ -90,6 +95,7 @@ def evaluate(
         policy: `predict(batch of observations, deterministic=...)` -> (batch of actions, state).
         make_env: a fresh environment; up to `parallel` (>= 1) of them are stepped in turn and closed at the end.
         seed: episode k is reset with a seed derived from (seed, k).
+        watch: sees every step; see `Watch`.
 
     Raises:
         UserError: no episode asked for.
@@ -103,7 +109,7 @@ def evaluate(
     try:
         for _ in range(min(parallel, episodes)):
             envs.append(make_env())  # noqa: PERF401 (what was opened is closed if a later one fails)
-        return _run(policy, envs, episodes, seed, deterministic, should_stop)
+        return _run(policy, envs, episodes, seed, deterministic, should_stop, watch)
     finally:
         for env in envs:
             env.close()
@@ -116,6 +122,7 @@ def _run(
     seed: int,
     deterministic: bool,
     should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> Evaluation | None:
     returns, lengths = [0.0] * episodes, [0] * episodes
     successes: dict[int, bool] = {}
@@ -139,7 +146,8 @@ def _run(
         batch = concatenate(space, [obs for _, _, obs in running], create_empty_array(space, len(running)))
         actions, _ = policy.predict(batch, deterministic=deterministic)
         following = []
-        for (index, env, _), action in zip(running, actions, strict=True):
+        for (index, env, before), action in zip(running, actions, strict=True):
+            watch(index, env, before, action)
             try:
                 obs, reward, terminated, truncated, info = env.step(action)
             except Exception as error:
@@ -149,6 +157,7 @@ def _run(
             lengths[index] += 1
             slot: tuple[int, gym.Env, Any] | None = (index, env, obs)
             if terminated or truncated:
+                watch(index, env, obs, None)
                 if "is_success" in info:
                     successes[index] = bool(info["is_success"])
                 slot = start(env)

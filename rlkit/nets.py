@@ -1,23 +1,22 @@
-"""Networks and optimiser steps that control trainers share.
+"""Networks that control trainers share.
 
 Initial weights are those of `torch.nn.Linear`. Critics are one batched module (`EnsembleMLP`), so that N critics cost
-one batched matrix product a layer. `descend` is the only place where a gradient becomes a step: it never takes a step
-on a non-finite gradient.
+one batched matrix product a layer.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rlkit.products import Library, affine
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -39,9 +38,6 @@ def _activation_name(value: Any) -> Any:
 ActivationName = Annotated[
     Literal["relu", "tanh", "elu", "gelu", "silu", "leaky_relu"], BeforeValidator(_activation_name)
 ]
-
-F_ = TypeVar("F_", bound=Callable[..., Any])
-Average = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Dropout(nn.Module):
@@ -69,7 +65,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: Sequence[int], activation: str = "relu", activate_last: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.activation, self.activate_last = ACTIVATIONS[activation], activate_last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,8 +76,19 @@ class MLP(nn.Module):
         return x
 
 
+class Linear(nn.Linear):
+    """(..., in) -> (..., out); its large products come from `library`."""
+
+    library: Library = "blas"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return affine(x, self.weight.mT, self.bias, self.library)
+
+
 class EnsembleLinear(nn.Module):
     """N independent linear layers in one batched product: (N, B, in) -> (N, B, out)."""
+
+    library: Library = "blas"
 
     def __init__(self, n: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -90,7 +97,16 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        if self.weight.shape[-1] == 1:  # what a batched product is slow at
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
+        return affine(x, self.weight, self.bias, self.library)
+
+
+def use_library(module: nn.Module, library: Library) -> None:
+    """Let the linear layers of `module` take their large float32 products from `library`."""
+    for layer in module.modules():
+        if isinstance(layer, Linear | EnsembleLinear):
+            layer.library = library
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -200,75 +216,3 @@ class ToFloat32(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.float()
-
-
-def adam(parameters: Iterable[nn.Parameter], learning_rate: float, **kwargs: Any) -> torch.optim.Adam:
-    """Adam in one fused kernel (CPU and CUDA); everything but the learning rate as in PyTorch."""
-    return torch.optim.Adam(list(parameters), lr=learning_rate, fused=True, **kwargs)
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, average: Average | None = None) -> Tensor:
-    """One step of a fused `optimizer` on the scalar `loss`; returns the gradient's norm, a scalar.
-
-    `average` replaces the gradients by their means over processes, which are those of the mean of the losses.
-
-    Gradients flow to the optimiser's own parameters alone, so an actor loss that runs through a critic leaves the
-    critic without gradients. If the norm is not finite, the fused kernel skips the step (as under a gradient scaler):
-    weights and optimiser state stay as they were, and the caller sees the norm.
-
-    Raises:
-        TypeError: the optimiser is not fused, so that it would take the step.
-    """
-    if not all(group.get("fused") for group in optimizer.param_groups):
-        raise TypeError("descend needs a fused optimiser, such as `adam` makes")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = list(torch.autograd.grad(loss, parameters))
-    if average is not None:  # a loss that is not finite has to show in all processes, whatever its gradients are
-        grads = average([grads[0] + 0.0 * loss.detach(), *grads[1:]])
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    return norm
-
-
-@torch.no_grad()
-def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau source, in place, parameter by parameter."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-def compile_or_eager(function: F_, mode: str, device: torch.device) -> F_:
-    """`function` compiled where `mode` (auto, on, off) asks for it; a failure prints one line and goes on eagerly.
-
-    What `function` itself raises passes through, except that a RuntimeError or OSError of the first call cannot be told
-    from a missing compiler and makes the call happen again.
-    """
-    if mode == "off" or (mode == "auto" and device.type != "cuda"):
-        return function
-    compiled: Callable[..., Any] | None = None
-    failed = worked = False
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal compiled, failed, worked
-        if failed:
-            return function(*args, **kwargs)
-        try:
-            if compiled is None:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    compiled = torch.compile(function)
-            result = compiled(*args, **kwargs)
-            worked = True
-            return result
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError) as error:
-            if worked and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise
-            failed = True
-            reason = str(error).strip().split("\n")[0]
-            print(f"compile failed, running eagerly: {type(error).__name__}: {reason}", file=sys.stderr)
-            return function(*args, **kwargs)
-
-    return run  # type: ignore[return-value]

@@ -7,6 +7,9 @@ so a run is repeated bit for bit only by the one that it was made with.
     with onednn_products():
         loss = loss_of(model)
     loss.backward()
+
+That context looks at every call of PyTorch, which a large model does not notice and a small network does: the layers of
+`rlkit.nets` call `affine` instead.
 """
 
 from __future__ import annotations
@@ -53,6 +56,31 @@ def library(wanted: Literal["auto", "blas", "onednn"], device: torch.device) -> 
     if wanted == "auto":
         return preferred() if device.type == "cpu" else "blas"
     return wanted
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor, library: Library) -> Tensor:
+    """x weight + bias, by `library` where it is float32 and large enough.
+
+    Args:
+        x: (..., K) for one matrix, (N, B, K) for N of them.
+        weight, bias: (K, M) and (M,), or (N, K, M) and (N, 1, M).
+
+    Returns:
+        (..., M), or (N, B, M).
+    """
+    if library == "onednn" and _large(x, weight):
+        if weight.dim() == 2:
+            return _Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1) + bias
+        return torch.stack([_Product.apply(rows, one) for rows, one in zip(x, weight, strict=True)]) + bias
+    return F.linear(x, weight.mT, bias) if weight.dim() == 2 else torch.baddbmm(bias, x, weight)
+
+
+def _large(x: Tensor, weight: Tensor) -> bool:
+    """Whether each product is one for oneDNN."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    rows = x.numel() // x.shape[-1] if weight.dim() == 2 else x.shape[-2]
+    return rows * weight.shape[-2] * weight.shape[-1] >= SMALLEST
 
 
 @contextmanager
@@ -168,5 +196,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, w: Tensor) -> Tensor:
     """x (M, K), w (N, K) -> x w^T."""
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.rlkit.product(x, w)
+        return out
+    return _onednn(x, w)
+
+
+def _onednn(x: Tensor, w: Tensor) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return out
+
+
+# A compiled graph calls it by a name of its own: inductor takes the operation's for one of its weights' formats.
+torch.library.define("rlkit::product", "(Tensor x, Tensor w) -> Tensor")
+torch.library.impl("rlkit::product", "CPU")(_onednn)
+torch.library.register_fake("rlkit::product")(lambda x, w: x.new_empty(x.shape[0], w.shape[0]))

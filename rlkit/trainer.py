@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from rlkit import checkpoint, processes, registry
 from rlkit.buffer import RolloutBuffer
 from rlkit.callbacks import as_callbacks
+from rlkit.compilation import Update, worthwhile
 from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, validate
 from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
 from rlkit.metrics import Meter, RunLog, require_wandb
+from rlkit.optim import Adam
 from rlkit.processes import Processes
 from rlkit.rng import Streams, derive
 from rlkit.run import Run, open_folder, records, refuse_foreign, refuse_run
@@ -79,6 +81,7 @@ class Trainer:
         updates: gradient updates made.
         processes: the processes of the run, of which this is one. Gradients become those of all of them by
             `descend(…, self.processes.average)`.
+        compiled: whether updates are compiled; None until the first `learn` decides, for good.
         log: of the present or last `learn`: `log.history` and `log.eval_history` hold its records, folder or not.
         rng: named random streams (`rng["sample"]`, …); an update receives its noise from them as an argument.
     """
@@ -125,6 +128,8 @@ class Trainer:
             "log": 0, "eval": -1, "checkpoint": 0, "records": 0, "eval_records": 0, "logged_at": 0, "evaluated_at": -1,
         }  # fmt: skip
         self._parts: dict[str, Any] = {}
+        self._updates: list[Update] = []
+        self.compiled: bool | None = None
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive(config.seed, "weights"))
             self.build()
@@ -175,6 +180,33 @@ class Trainer:
             self._parts[name] = part
             setattr(self, name, part)
 
+    def compilable(self, function: Callable[..., Any]) -> Update:
+        """`function` such that it is compiled where the configuration asks for it; see `rlkit.compilation`."""
+        self._updates.append(Update(function))
+        return self._updates[-1]
+
+    def planned_updates(self) -> float:
+        """Updates until the target, as far as they can be foretold."""
+        return self.target - self.clock
+
+    def _decide_compilation(self) -> None:
+        """Once in a run's life, because eager and compiled updates differ by rounding."""
+        if self.compiled is None:
+            self.compiled = worthwhile(self.config.compile, self.device, self.planned_updates())
+            if self.compiled and self._updates and self.processes.size > 1:
+                self.compiled = False
+                processes.say("`compile`: updates of several processes, which exchange gradients, run eagerly")
+        for part in self._parts.values():
+            if isinstance(part, Adam):
+                part.correct_bias()
+        for update in self._updates:
+            update.compiled = self.compiled
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent on compilation so far."""
+        return sum(update.seconds for update in self._updates)
+
     # Learning
 
     def learn(
@@ -204,6 +236,7 @@ class Trainer:
         elif self.target == 0:
             self.target = self.default_target()
         self.horizon = self.horizon or self.target
+        self._decide_compilation()
         self.processes.together(self.before_learning)  # and all have read what is there
         self._compare()
         if self.folder is not None:
@@ -363,7 +396,7 @@ class Trainer:
         """The whole state by file: modules in `policy`, optimisers in `optimizer`, the buffer in `buffer`, the rest in
         `state`.
         """
-        loop = {k: getattr(self, k) for k in ("clock", "owed", "updates", "target", "horizon")}
+        loop = {k: getattr(self, k) for k in ("clock", "owed", "updates", "target", "horizon", "compiled")}
         files: dict[str, Any] = {
             self.modules_part: {},
             "optimizer": {},
@@ -386,7 +419,7 @@ class Trainer:
     def _file_of(self, part: Any) -> str:
         if isinstance(part, nn.Module):
             return self.modules_part
-        if isinstance(part, torch.optim.Optimizer):
+        if isinstance(part, Adam | torch.optim.Optimizer):
             return "optimizer"
         return "buffer" if isinstance(part, RolloutBuffer) else "state"
 

@@ -86,11 +86,8 @@ def updated(case: str) -> dict[str, Any]:
         delayed = i % agent.config.policy_delay == agent.config.policy_delay - 1
         metrics = agent._step(part, noise, update_actor=delayed, update_target=True)
         means.append(group.mean({name: float(value) for name, value in metrics.items()}))
-    moments = [
-        state["exp_avg"]
-        for name in ("critic_optimizer", "actor_optimizer", "temperature_optimizer")
-        for state in getattr(agent, name).state_dict()["state"].values()
-    ]
+    optimizers = agent.critic_optimizer, agent.actor_optimizer, agent.temperature_optimizer
+    moments = [moment for optimizer in optimizers for moment in optimizer.exp_avg]
     return {
         "weights": {name: value.flatten().tolist() for name, value in weights(agent).items()},
         "moments": torch.cat([moment.flatten() for moment in moments]).tolist(),

@@ -273,7 +273,7 @@ COMMAND_LINE: dict[str, tuple[list[str], str]] = {
     "plot of nothing": (["plot", "nothing"], "nothing is not a run folder: it has no config.yaml"),
     "eval of a folder": (["eval", "."], ".: nothing to load; looked for manifest.json"),
     "episodes": (["eval", ".", "--episodes", "0"], "argument --episodes: got '0'; allowed: an integer >= 1"),
-    "seed of an evaluation": (["eval", ".", "--seed", "-1"], "--seed: got -1; allowed: an integer >= 0"),
+    "seed of an evaluation": (["eval", ".", "--seed", "-1"], "argument --seed: got '-1'; allowed: an integer >= 0"),
     "no file": (["train", "--config", "absent.yaml"], "cannot read the configuration absent.yaml: "),
     "no file's name": (["train", "--config"], "argument --config: expected one argument"),
 }

@@ -20,6 +20,7 @@ from helpers import fingerprint, rlkit_command, run_rlkit
 from scipy import stats
 
 import rlkit
+from rlkit import doctor, rendering
 from rlkit.cli import main
 from rlkit.config import load_file
 from rlkit.metrics import read_jsonl
@@ -73,7 +74,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
-    for command in ("list", "train", "resume", "eval", "plot", "bench", "doctor"):
+    for command in ("list", "train", "resume", "eval", "plot", "video", "export", "bench", "doctor"):
         assert re.search(rf"^  {command} +\w", out, re.MULTILINE)
         with contextlib.suppress(SystemExit):
             main([command, "--help"])
@@ -311,3 +312,26 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert fact in out
     assert "absent" not in next(line for line in out.splitlines() if line.startswith("packages: "))
     assert re.search(r"determinism: two runs of 300 SAC steps are the same, bit for bit \((\w{12}), \1\)", out)
+    lines = {line.split(":")[0]: line for line in out.splitlines()}
+    assert lines["threads"].startswith("threads: PyTorch uses 1, ")
+    measured = re.search(r"products at float32 (\d+)( \(oneDNN \d+\))?, bf16 (\d+) GFLOP/s: (.*)", lines["bf16"])
+    assert measured is not None
+    assert int(measured[1]) > 1
+    advised = "--precision bf16" if int(measured[3]) > 1.2 * int(measured[1]) else "--precision float32"
+    assert advised in measured[4] or int(measured[3]) == pytest.approx(1.2 * int(measured[1]), rel=0.05)
+    assert lines["rendering"] == f"rendering: {rendering.describe()}"
+    for package in ("wandb", "onnx", "onnxscript", "onnxruntime", "pytest"):
+        assert re.search(rf"^optional {package}: \d", out, re.MULTILINE), "part of the extra `dev`"
+
+
+def test_doctor_knows_the_compiler_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "my-c++"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert doctor.compiler() == f"compiler: {compiler}"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert doctor.compiler() == "compiler: no no-such-compiler, which `--compile on` needs on a CPU"
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.compiler() == "compiler: no g++ or clang++, which `--compile on` needs on a CPU"

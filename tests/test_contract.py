@@ -17,6 +17,7 @@ import rlkit
 from rlkit import registry
 from rlkit.config import dump_yaml, load_file, options, to_dict, validate
 from rlkit.errors import UserError
+from rlkit.export import export
 from rlkit.trainers import TRAINERS
 
 NAMES = sorted(TRAINERS)
@@ -89,6 +90,17 @@ def test_save_and_load_predict_the_same(name: str, tmp_path: Path) -> None:
                 trainer.predict(batch, deterministic=True)[0], loaded.predict(batch, deterministic=True)[0]
             )
         close(loaded)
+    close(trainer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_trained_can_be_exported(name: str, tmp_path: Path) -> None:
+    """A policy as ONNX and as PyTorch's program, which are compared with `predict`; a language model as its folder."""
+    trainer = tiny(name)
+    saved = str(trainer.save(tmp_path / "saved"))
+    kinds = ("onnx", "torch") if hasattr(trainer, "predict") else ("hf",)
+    for kind in kinds:
+        assert export(saved, kind, say=lambda line: None).exists()
     close(trainer)
 
 

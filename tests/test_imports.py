@@ -157,6 +157,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         (["resume", "--help"], "--allow-changes"),
         (["eval", "--help"], "--episodes"),
         (["plot", "--help"], "--out"),
+        (["video", "--help"], "--episodes"),
+        (["export", "--help"], "--format"),
     ],
 )
 def test_help_and_lists_load_nothing_heavy(args: list[str], expected: str) -> None:
@@ -220,6 +222,7 @@ def test_dependencies_cover_the_imports() -> None:
         for requirement in group
     }
     distributions = {"yaml": "pyyaml", "annotated_types": "annotated-types", "stable_baselines3": "stable-baselines3"}
+    distributions["imageio_ffmpeg"] = "imageio-ffmpeg"
     used = {module.partition(".")[0] for _, path in PRODUCT for module, _ in imports(path)}
     foreign = used - set(sys.stdlib_module_names) - {"rlkit", ""}
     assert {distributions.get(name, name) for name in foreign} <= listed

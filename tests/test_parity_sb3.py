@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium as gym
 import pytest
 import torch
@@ -13,6 +15,18 @@ from torch import nn
 from rlkit.trainers.sac import SAC, td_target
 
 B = 64
+
+
+class GradientDescent:
+    """Plain steps, which show a gradient as it is: Adam's first one shows little more than its sign."""
+
+    def __init__(self, parameters: Any, learning_rate: float) -> None:
+        self.parameters, self.learning_rate = list(parameters), learning_rate
+
+    @torch.no_grad()
+    def take_step(self, grads: Any, finite: Any) -> None:
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter -= self.learning_rate * grad
 
 
 def copy_linear(source: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -63,9 +77,9 @@ def pair() -> tuple[SB3SAC, SAC, dict[str, torch.Tensor], dict[str, torch.Tensor
     theirs.critic.optimizer = torch.optim.SGD(theirs.critic.parameters(), lr=rate)
     theirs.ent_coef_optimizer = torch.optim.SGD([theirs.log_ent_coef], lr=rate)
     theirs.lr_schedule = lambda _: rate
-    ours.actor_optimizer = torch.optim.SGD(ours.actor.parameters(), lr=rate, fused=True)
-    ours.critic_optimizer = torch.optim.SGD(ours.critic.parameters(), lr=rate, fused=True)
-    ours.temperature_optimizer = torch.optim.SGD(ours.log_alpha.parameters(), lr=rate, fused=True)
+    ours.actor_optimizer = GradientDescent(ours.actor.parameters(), rate)
+    ours.critic_optimizer = GradientDescent(ours.critic.parameters(), rate)
+    ours.temperature_optimizer = GradientDescent(ours.log_alpha.parameters(), rate)
     batch = {
         "obs": torch.randn(B, 3),
         "next_obs": torch.randn(B, 3),

@@ -163,7 +163,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     said = finish(train(out))
-    assert said.count("`compile`: updates of several processes run eagerly") == 1
+    assert said.count("`compile`: updates of several processes, which exchange gradients, run eagerly") == 1
     assert said.count("sac: device cpu, float32, seed 0") == 1
     assert "processes: 2, each has 4 of `batch_size` and 1,000 of `buffer_size`" in said
     return out

@@ -17,7 +17,8 @@ from rlkit import checkpoint, registry
 from rlkit.buffer import Field, RolloutBuffer
 from rlkit.config import Count, Positive, RunConfig
 from rlkit.errors import DivergenceError, RlkitError, Stopped, UserError
-from rlkit.nets import MLP, adam, descend
+from rlkit.nets import MLP
+from rlkit.optim import Adam, descend
 from rlkit.trainer import Batch, Trainer
 
 
@@ -40,11 +41,11 @@ class Regression(Trainer):
     counts = "updates"
     buffer: RolloutBuffer
     net: MLP
-    optimizer: torch.optim.Optimizer
+    optimizer: Adam
 
     def build(self) -> None:
         self.track(net=MLP([1, 1]), buffer=RolloutBuffer(None, {"x": Field((1,)), "y": Field((1,))}, self.device))
-        self.track(optimizer=adam(self.net.parameters(), self.config.learning_rate))
+        self.track(optimizer=Adam(self.net.parameters(), self.config.learning_rate))
         x = torch.rand(64, 1, generator=self.rng["data"]) * 2 - 1
         self.buffer.add({"x": x, "y": 2 * x - 1})
 

@@ -33,17 +33,8 @@ from rlkit.buffer import RolloutBuffer
 from rlkit.config import Count, Fraction, NonNegative
 from rlkit.control import ControlTrainer, NetConfig, OffPolicyConfig
 from rlkit.errors import UserError
-from rlkit.nets import (
-    MLP,
-    EnsembleMLP,
-    LearnedScalar,
-    RunningNorm,
-    ToFloat32,
-    adam,
-    compile_or_eager,
-    descend,
-    polyak_,
-)
+from rlkit.nets import MLP, EnsembleMLP, LearnedScalar, Linear, RunningNorm, ToFloat32
+from rlkit.optim import Adam, descend, polyak_
 from rlkit.trainer import Batch
 
 
@@ -127,7 +118,7 @@ class Actor(nn.Module):
         net = config.policy_kwargs
         widths = net.widths("pi")
         self.trunk = MLP([obs_dim, *widths], net.activation_fn, activate_last=True)
-        self.head = nn.Linear(widths[-1] if widths else obs_dim, 2 * action_dim)
+        self.head = Linear(widths[-1] if widths else obs_dim, 2 * action_dim)
         self.bounds = config.log_std_bounds
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,9 +183,9 @@ class SAC(ControlTrainer):
     critic: Critic
     critic_target: Critic
     log_alpha: LearnedScalar
-    actor_optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer
-    temperature_optimizer: torch.optim.Optimizer
+    actor_optimizer: Adam
+    critic_optimizer: Adam
+    temperature_optimizer: Adam
 
     def build(self) -> None:
         config: SACConfig = self.config
@@ -213,16 +204,16 @@ class SAC(ControlTrainer):
         self.critic_target.load_state_dict(self.critic.state_dict())
         rate = config.learning_rate
         self.track(
-            actor_optimizer=adam(self.actor.parameters(), rate), critic_optimizer=adam(self.critic.parameters(), rate)
+            actor_optimizer=Adam(self.actor.parameters(), rate), critic_optimizer=Adam(self.critic.parameters(), rate)
         )
         if self.learned_temperature:
-            self.track(temperature_optimizer=adam(self.log_alpha.parameters(), rate))
+            self.track(temperature_optimizer=Adam(self.log_alpha.parameters(), rate))
         else:
             self.log_alpha.requires_grad_(False)
         self.track(
             buffer=RolloutBuffer(self.share("buffer_size"), self.transition_fields(), self.device, name="buffer_size")
         )
-        self._compiled_step = compile_or_eager(self._step, self.compile_mode(), self.device)
+        self._update = self.compilable(self._step)
 
     def _check(self, config: SACConfig) -> None:
         most = self.action_dim * math.log(2)
@@ -262,8 +253,8 @@ class SAC(ControlTrainer):
         if config.target_critics is not None:
             order = torch.randperm(critics, generator=self.rng.common("subset"), device=self.device)
             noise["subset"] = order[: config.target_critics]
-        self.schedule(*(part for part in self._parts.values() if isinstance(part, torch.optim.Optimizer)))
-        return self._compiled_step(
+        self.schedule()
+        return self._update(
             batch,
             noise,
             update_actor=(self.updates + 1) % config.policy_delay == 0,

@@ -102,9 +102,6 @@ class LMConfig(RunConfig):
     """Make batches of units of similar length; the order stays a function of seed and epoch."""
     logits_memory: Positive = 256.0
     """MiB of logits that exist at once."""
-    matmul: Literal["auto", "blas", "onednn"] = "auto"
-    """Library of float32 matrix products on a CPU: PyTorch's `blas`, or `onednn`, which `auto` takes on AMD processors
-    with AVX-512. Exact resumption needs the same one."""
     reference_cache: bool = True
     """Keep the reference's log-probs on disk, for later runs of the same model and rows."""
     checkpoint_every: Count = 500
@@ -134,6 +131,8 @@ def refuse_idle(config: LMConfig) -> None:
     Raises:
         UserError: naming the option and the one that it needs.
     """
+    if config.compile == "on":
+        raise UserError("`compile`: language trainers are not compiled; leave `on` out")
     lora, adam = ("use_peft", config.use_peft), ("optim adamw", config.optim == "adamw")
     needs = {
         **dict.fromkeys(("lora_r", "lora_alpha", "lora_target_modules"), lora),

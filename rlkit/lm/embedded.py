@@ -16,12 +16,12 @@ import annotated_types as limits
 import torch
 
 from rlkit import checkpoint, processes, registry
+from rlkit.cache import cache_folder
 from rlkit.config import Count, to_dict
 from rlkit.envs.letters import ALPHABET, Letters, answers, demonstrations, label, model_config, prompts
 from rlkit.errors import RlkitError, Stopped, UserError
 from rlkit.lm import models
 from rlkit.lm.bytes import character_tokenizer
-from rlkit.lm.reference_cache import cache_folder
 from rlkit.rng import derive
 from rlkit.signals import stop
 

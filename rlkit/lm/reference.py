@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rlkit.buffer import RolloutBuffer
+from rlkit.cache import cache_folder
 from rlkit.errors import RlkitError, UserError
 from rlkit.lm import models
-from rlkit.lm.reference_cache import Floats, ReferenceCache, cache_folder, row_key
+from rlkit.lm.reference_cache import Floats, ReferenceCache, row_key
 from rlkit.progress import Phase
 from rlkit.trainer import versions
 

@@ -12,7 +12,6 @@ Rows are written batch by batch in transactions, so a run that is stopped while 
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import sys
 from collections.abc import Iterable, Sequence
@@ -24,21 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-
-
-def cache_folder() -> Path:
-    """Where caches are kept; the folder may not exist yet."""
-    override = os.environ.get("RLKIT_CACHE")
-    if override:
-        return Path(override).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base:
-        return Path(base) / "rlkit"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "rlkit"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "rlkit" / "Cache"
-    return Path.home() / ".cache" / "rlkit"
 
 
 def row_key(tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> bytes:
