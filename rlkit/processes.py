@@ -3,7 +3,9 @@
 A launcher such as `torchrun --nproc_per_node 4` starts the same program several times; accelerate then joins the copies
 in a process group (gloo on CPUs, NCCL on GPUs) and chooses each one's device. All of them go through the same steps at
 the same time; process 0, the *main* one, alone writes files and talks to the user. Methods named here as collective
-have to be called by all processes in the same order, or they wait for one another in vain.
+have to be called by all processes in the same order, or they wait for one another in vain; work of one process alone
+that may fail goes through `together`, `tally` or `from_main`, which make its error one of all. A process that ends by
+itself ends the others: whatever they wait for becomes an error.
 """
 
 from __future__ import annotations

@@ -576,6 +576,10 @@ def test_memory_is_checked_before_allocation(monkeypatch):
 def test_an_impossible_ring_is_refused_on_this_machine(monkeypatch):
     monkeypatch.delenv("RLKIT_MEMORY_LIMIT", raising=False)
     assert 0 < memory_limit() < 10**15
+    free = memory_limit()
+    monkeypatch.setenv("WORLD_SIZE", "16")  # of which 8 are on this machine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert memory_limit() == pytest.approx(free / 8, rel=0.2)
     with pytest.raises(UserError, match=r"`buffer_size` 1,000,000,000,000 rows x 8,000 B needs 8 PB, limit"):
         RolloutBuffer(10**12, {"x": Field((1000,), torch.float64)})
 

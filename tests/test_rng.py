@@ -165,3 +165,17 @@ def test_the_order_of_first_use_leaves_no_trace_in_the_state() -> None:
             draw(streams, name)
     assert list(a.state_dict()) == list(b.state_dict())
     assert all(torch.equal(a.state_dict()[name], b.state_dict()[name]) for name in "xy")
+
+
+def test_processes_draw_apart_but_for_what_they_draw_together() -> None:
+    """Three ranks: the first is a run of one process; a stream that was never used begins anew after loading."""
+    ranks = [Streams(0, rank=rank) for rank in range(3)]
+    drawn = [draw(streams, "noise") for streams in ranks]
+    assert drawn[0] == draw(Streams(0), "noise")
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    common = [torch.rand(3, generator=streams.common("subset")).tolist() for streams in ranks]
+    assert common[0] == common[1] == common[2]
+    for streams, noise in zip(ranks, drawn, strict=True):
+        streams.load_state_dict({})
+        assert draw(streams, "noise") == noise
+        assert torch.rand(3, generator=streams.common("subset")).tolist() == common[0]
