@@ -562,7 +562,7 @@ class Trainer:
                 )
             )
         own = {name for name in (*cls.own, "state") if _of_rank(name, rank) in parts} if rank else set()
-        common = {part for part in parts if not _OF_RANK.fullmatch(part) and (part == "state" or part not in own)}
+        common = {part for part in parts if not _OF_RANK.fullmatch(part)} - (own - {"state"})
         files, about = checkpoint.load(path, common | {_of_rank(name, rank) for name in own})
         for name in own - {"state"}:
             files[name] = files.pop(_of_rank(name, rank))
