@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,17 @@ def machine(packages: Sequence[str]) -> dict[str, str]:
         "python": platform.python_version(),
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
     }
+
+
+def call(file: str, *args: str, threads: int, **environment: str) -> dict[str, Any]:
+    """Run a benchmark's `file` in a process of its own; the last line that it prints is the result, in JSON."""
+    done = subprocess.run(
+        [sys.executable, file, *args], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(args)} failed:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
 import numpy as np
 from common import RESULTS, append, machine, read, table
 
@@ -249,19 +249,8 @@ def matmul_rate(precision: str) -> float:
 
 
 def call(*args: str) -> dict[str, Any]:
-    """Run this file in a process of its own; its last line is the result."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(THREADS),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, *args], capture_output=True, text=True, check=False, env=environment
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(args)} failed:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    """Run this file in a process of its own."""
+    return common.call(__file__, *args, threads=THREADS, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
 def main(quick: bool = False) -> str:

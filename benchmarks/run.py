@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import dpo_speed
 import sac_returns
+import sac_speed
 
-SUITES = {"sac-returns": sac_returns, "dpo-speed": dpo_speed}
+SUITES = {"sac-returns": sac_returns, "sac-speed": sac_speed, "dpo-speed": dpo_speed}
 
 
 def main() -> int:

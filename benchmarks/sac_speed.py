@@ -17,20 +17,26 @@ Where the time goes is measured in runs apart (`-split`), because looking at the
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
+from common import RESULTS, append, machine, read, table
+
 PACKAGES = ("rlkit-trainers", "torch", "stable-baselines3", "sbx-rl", "jax", "rltools", "gymnasium", "mujoco", "numpy")
 CHEETAH, PENDULUM = "HalfCheetah-v5", "Pendulum-v1"
-REPEATS, SECONDS, QUICK_SECONDS, THREADS = 3, 10.0, 2.0, 2
+REPEATS, SECONDS, QUICK_SECONDS, THREADS = 3, 6.0, 3.0, 2
 WARM_UPDATES = 60
 
 
@@ -70,6 +76,11 @@ WORKLOADS = {
 }
 PEERS = ("sb3", "sbx")
 OURS = ("rlkit", "rlkit-bf16")
+FIRST, *_, LAST, OVERHEAD = WORKLOADS
+SPLIT = (FIRST, LAST)
+PARTS = ("environment", "acting", "buffer", "update")
+LIBRARIES = ("blas", "onednn")
+MEASURED = ("steps_per_second", "seconds", "memory", "compile_seconds", *PARTS)
 
 
 def sides(workload: Workload) -> tuple[str, ...]:
@@ -101,10 +112,17 @@ class Window:
             return False
         return True
 
-    def rate(self) -> float:
+    def passed(self) -> float:
+        """Seconds timed."""
         assert self.began is not None
         assert self.ended is not None
-        return (self.ended[0] - self.began[0]) / (self.ended[1] - self.began[1])
+        return self.ended[1] - self.began[1]
+
+    def rate(self) -> float:
+        """Steps a second."""
+        assert self.began is not None
+        assert self.ended is not None
+        return (self.ended[0] - self.began[0]) / self.passed()
 
 
 def run_peer(side: str, workload: Workload, window: Window) -> None:
@@ -198,7 +216,7 @@ def run_one(name: str, side: str, threads: int, seconds: float) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     workload = WORKLOADS[name]
     warm = 100 + workload.n_envs * WARM_UPDATES
-    if side == "rltools":
+    if side == "rltools":  # it learns from its first full batch on
         warm = max(warm, workload.batch + WARM_UPDATES)
     window, found = Window(seconds, warm), {}
     if side in PEERS:
@@ -209,7 +227,7 @@ def run_one(name: str, side: str, threads: int, seconds: float) -> None:
         found = run_rlkit(side, workload, window)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    print(json.dumps({"steps_per_second": window.rate(), "memory": peak, **found}))
+    print(json.dumps({"steps_per_second": window.rate(), "seconds": window.passed(), "memory": peak, **found}))
 
 
 def products(precision: str, library: str) -> None:
@@ -234,6 +252,144 @@ def products(precision: str, library: str) -> None:
     else:
         measure()
     print(json.dumps({"gflops": 2 * 1024**3 / median(times) / 1e9}))
+
+
+# All of them
+
+
+def call(*args: str, threads: int = THREADS) -> dict[str, Any]:
+    """Run this file in a process of its own."""
+    return common.call(__file__, *args, threads=threads)
+
+
+def plan(quick: bool) -> Iterator[tuple[int, str, str, int]]:
+    """(repeat, workload, side, threads) of every run; a repeat goes through all, so that sides meet the same moods of
+    the machine."""
+    for repeat in range(1 if quick else REPEATS):
+        for name in [FIRST] if quick else WORKLOADS:
+            workload = WORKLOADS[name]
+            for side in ("sb3", "sbx", "rlkit") if quick else sides(workload):
+                for threads in (1, THREADS) if workload == SMALL and not quick else (THREADS,):
+                    yield repeat, name, side, threads
+        if not quick:
+            yield from ((repeat, name, f"{side}-split", THREADS) for name in SPLIT for side in OURS)
+
+
+def available(side: str) -> bool:
+    package = {"sbx": "sbx", "rltools": "rltools"}.get(side)
+    return package is None or importlib.util.find_spec(package) is not None
+
+
+def main(quick: bool = False) -> str:
+    out = RESULTS / ("sac-speed-quick.csv" if quick else "sac-speed.csv")
+    if quick:
+        out.unlink(missing_ok=True)
+    where = machine(PACKAGES)
+    done = {(row["repeat"], row["workload"], row["side"], row["threads"]) for row in read(out)}
+    for repeat, name, side, threads in plan(quick):
+        if (str(repeat), name, side, str(threads)) in done or not available(side):
+            continue
+        rates = dict.fromkeys(("float32", "bf16"), 0.0)
+        if WORKLOADS[name] == MAIN:
+            for precision in rates:
+                rates[precision] = max(call("products", precision, library)["gflops"] for library in LIBRARIES)
+        result = call(name, side, str(threads), str(QUICK_SECONDS if quick else SECONDS), threads=threads)
+        row = {"repeat": repeat, "workload": name, "side": side, "threads": threads}
+        row |= {key: round(float(result.get(key, 0)), 4) for key in MEASURED}
+        row |= {f"gflops_{precision}": round(rate, 1) for precision, rate in rates.items()}
+        append(out, [{**row, "gflop_an_update": round(WORKLOADS[name].gflop(), 5), **where}])
+        print(f"{name}: {side}, {threads} threads: {row['steps_per_second']:.0f} steps/s", flush=True)
+    return report(out)
+
+
+def report(out: Path) -> str:
+    """Medians and ratios as Markdown, also written beside the CSV."""
+    rows = read(out)
+    found: dict[str, dict[str, dict[str, list[dict[str, str]]]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        found[row["workload"]][row["side"]].setdefault(row["threads"], []).append(row)
+
+    def best(name: str, side: str, key: str = "steps_per_second") -> float:
+        """The median of `key`, at the number of threads that is best for the side."""
+        groups = found[name].get(side, {}).values()
+        if not groups:
+            return math.nan
+        group = max(groups, key=lambda group: median(float(row["steps_per_second"]) for row in group))
+        return median(float(row[key]) for row in group)
+
+    def figure(value: float, form: str = ",.0f", unit: str = "") -> str:
+        return "-" if math.isnan(value) else format(value, form) + unit
+
+    def ratios(name: str, side: str, peers: Sequence[str]) -> str:
+        return " · ".join(figure(best(name, side) / best(name, peer), ".2f", "x") for peer in peers)
+
+    lines = [
+        [
+            name, *(figure(best(name, side)) for side in (*PEERS, *OURS)),
+            *(ratios(name, side, PEERS) for side in OURS),
+            " / ".join(figure(best(name, side, "memory")) for side in (*PEERS, *OURS)),
+        ]
+        for name in found
+    ]  # fmt: skip
+    parts = [table(["steps/s", *PEERS, *OURS, "rlkit / SB3 · sbx", "rlkit bf16 / SB3 · sbx", "peak MiB"], lines)]
+    if "rltools" in found[OVERHEAD]:
+        ways = ", ".join(f"{side} {figure(best(OVERHEAD, side))}" for side in ("rltools", *PEERS, *OURS))
+        parts.append(f"{OVERHEAD}, batches of 100, each side at its best thread count: {ways} steps/s; "
+                     f"rlkit / RLtools (C++): {ratios(OVERHEAD, 'rlkit', ['rltools'])}.")  # fmt: skip
+    if "rltools" in found[FIRST]:
+        parts.append(f"{FIRST}: RLtools {figure(best(FIRST, 'rltools'))} steps/s.")
+    compiled = []
+    for side in OURS:
+        ways = [best(FIRST, f"{side}-{how}") for how in ("eager", "compiled")]
+        if not any(map(math.isnan, ways)):
+            reached = [f"{speed * share(rows, side):.0%}" for speed in ways]
+            compiled.append([side, *map(figure, ways), *won(found[FIRST], side), *reached])
+    if compiled:
+        header = [FIRST, "eager", "compiled", "compiling, seconds", "won back after updates",
+                  "share of the matrix-product rate, eager", "compiled"]  # fmt: skip
+        parts.append(table(header, compiled))
+    divided = [
+        [f"{name}, {side}", *(f"{part:.0%}" for part in shares(found[name][f"{side}-split"]))]
+        for name in SPLIT
+        for side in OURS
+        if f"{side}-split" in found[name]
+    ]
+    if divided:
+        parts.append(table(["time of a step", *PARTS, "rest"], divided))
+    about = rows[-1]
+    counts = sorted(
+        {len(group) for sides in found.values() for threads in sides.values() for group in threads.values()}
+    )
+    parts.append(
+        f"Medians of {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} runs; {THREADS} threads unless said "
+        f"otherwise, on {about['cores']} cores of {about['processor']}; {about['versions']}"
+    )
+    text = "\n\n".join(parts) + "\n"
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
+def won(sides_found: Mapping[str, Mapping[str, list[dict[str, str]]]], side: str) -> list[str]:
+    """Seconds of compiling from scratch, and updates after which they are won back."""
+    runs = {how: next(iter(sides_found[f"{side}-{how}"].values())) for how in ("eager", "compiled")}
+    seconds = max(float(row["compile_seconds"]) for row in runs["compiled"])  # later ones find it in the cache
+    time = {how: 1 / median(float(row["steps_per_second"]) for row in group) for how, group in runs.items()}
+    saved = time["eager"] - time["compiled"]
+    return [f"{seconds:.0f}", f"{seconds / saved:,.0f}" if saved > 0 else "never"]
+
+
+def share(rows: Sequence[Mapping[str, str]], side: str) -> float:
+    """Share of the matrix-product rate for each step a second, with one update a step."""
+    precision = "bf16" if "bf16" in side else "float32"
+    rates = [float(row[f"gflops_{precision}"]) for row in rows if float(row[f"gflops_{precision}"]) > 0]
+    return MAIN.gflop() / median(rates) if rates else math.nan
+
+
+def shares(groups: Mapping[str, list[dict[str, str]]]) -> list[float]:
+    """Median share of the time that passes in each part, and what is left."""
+    group = next(iter(groups.values()))
+    parts = [median(float(row[part]) / float(row["seconds"]) for row in group) for part in PARTS]
+    return [*parts, 1 - sum(parts)]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import annotated_types as limits
 import gymnasium as gym
@@ -118,7 +118,8 @@ class ControlTrainer(Trainer):
         eval_env: function that makes an environment for evaluations; needed where `env` is an object that rlkit
             cannot make again (an Env or a VectorEnv).
         reward: reward modules (callables or their names), applied in turn.
-        fields: fields of `Config`, such as `seed=0, batch_size=256`.
+        fields: fields of `Config`, such as `seed=0, batch_size=256`; `verbose`, and arguments of Stable-Baselines3 that
+            say what is so anyway, such as `action_noise=None`, are taken, too.
 
     Raises:
         UserError: an unknown field, a value out of range, an environment this trainer does not support.
@@ -149,6 +150,8 @@ class ControlTrainer(Trainer):
         saved: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
+        self._verbose = bool(fields.pop("verbose", False))  # as Stable-Baselines3's: what `learn` shows by default
+        fields = sb3.without_idle(fields)
         self._check_call(env, args, config, fields)
         modules = None if reward is None else [reward] if isinstance(reward, str) or callable(reward) else list(reward)
         if modules is not None and config is None:
@@ -300,6 +303,36 @@ class ControlTrainer(Trainer):
         """Close environments and worker processes; also done when the trainer is deleted."""
         if self._adapter is not None:
             self._adapter.close()
+
+    def learn(
+        self,
+        total_timesteps: int | None = None,
+        callback: Any = None,
+        log_interval: int | None = None,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = False,
+        progress_bar: bool | None = None,
+    ) -> Self:
+        """Train for `total_timesteps` more environment steps; see `Trainer.learn`.
+
+        Args:
+            callback: a function, called as `callback(trainer)`, or Stable-Baselines3's callbacks, one or a list.
+            log_interval, tb_log_name: of Stable-Baselines3's scripts; what they would set is said.
+            reset_num_timesteps: True is possible before the first step alone, because steps go on counting.
+            progress_bar: show progress on standard output; None is what `verbose=` of the constructor says.
+        """
+        if log_interval is not None:
+            processes.say(
+                f"`log_interval` counts episodes; records come every {self.config.log_every:,} steps (log_every)"
+            )
+        if tb_log_name is not None:
+            processes.say(f"`tb_log_name` has no effect: records are in the run folder, `out` ({self.folder})")
+        if reset_num_timesteps and self.clock:
+            raise UserError(
+                f"`reset_num_timesteps`: the trainer is at step {self.clock:,} and goes on from there; to begin anew, "
+                "make a new one"
+            )
+        return super().learn(total_timesteps, callback, self._verbose if progress_bar is None else progress_bar)
 
     def before_learning(self) -> None:
         if self._reward is None:

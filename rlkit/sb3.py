@@ -22,6 +22,42 @@ if TYPE_CHECKING:
     from rlkit.trainer import Trainer
 
 
+IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_sde": ((False,), "state-dependent exploration is not supported"),
+    "sde_sample_freq": ((-1,), "state-dependent exploration is not supported"),
+    "use_sde_at_warmup": ((False,), "state-dependent exploration is not supported"),
+    "action_noise": ((None,), "the policy explores by itself; wrap the environment to disturb its actions"),
+    "replay_buffer_class": ((None,), "there is one buffer, `rlkit.buffer.RolloutBuffer`"),
+    "replay_buffer_kwargs": ((None, {}), "there is one buffer; its size is `buffer_size`"),
+    "optimize_memory_usage": ((False,), "the buffer holds every next observation"),
+    "monitor_wrapper": ((True,), "returns and lengths of episodes are always recorded"),
+    "stats_window_size": ((100,), "`rollout/ep_rew_mean` is of the last 100 episodes"),
+    "tensorboard_log": ((None,), "give `out=FOLDER`, a run folder, which has TensorBoard files in `tb`"),
+    "_init_setup_model": ((True,), "networks are always made"),
+    "supported_action_spaces": ((None,), "a trainer knows its own"),
+}
+"""Arguments of Stable-Baselines3's off-policy algorithms that have no field here: the values that say nothing new, and
+what to do instead of another."""
+
+
+def without_idle(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` without those of Stable-Baselines3 that say what is so anyway, and `train_freq` as a number.
+
+    Raises:
+        UserError: one of them asks for something else.
+    """
+    rest = dict(fields)
+    for name, (same, advice) in IDLE.items():
+        if name in rest and not any(rest.pop(name) == value for value in same):
+            raise UserError(f"`{name}`: {fields[name]!r} is not possible: {advice}")
+    frequency = rest.get("train_freq")
+    if isinstance(frequency, tuple | list) and len(frequency) == 2:
+        if frequency[1] != "step":
+            raise UserError(f"`train_freq`: got {frequency!r}; updates come after a number of steps: `train_freq=4`")
+        rest["train_freq"] = frequency[0]
+    return rest
+
+
 def is_callback(value: Any) -> bool:
     """Whether `value` is an object like Stable-Baselines3's `BaseCallback`."""
     return all(hasattr(value, name) for name in ("init_callback", "on_training_start", "on_step"))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from helpers import tiny
 from stable_baselines3 import SAC as SB3SAC
 from stable_baselines3.common.callbacks import (
@@ -24,7 +28,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 import rlkit
 from rlkit.errors import UserError
@@ -236,6 +240,60 @@ def test_a_given_vec_env_is_the_training_env_and_its_normalisation_is_found(tmp_
     trainer.learn(4, callback=CheckpointCallback(1, str(tmp_path), save_vecnormalize=True))
     assert any("vecnormalize" in p.name for p in tmp_path.iterdir())
     assert sac("Pendulum-v1").get_vec_normalize_env() is None
+
+
+def test_vec_monitor_s_episodes_are_the_trainer_s(tmp_path: Path) -> None:
+    venv = VecMonitor(make_vec_env("Pendulum-v1", n_envs=2, seed=0), str(tmp_path / "monitor"))
+    trainer = sac(venv).learn(900)
+    written = [float(line.split(",")[0]) for line in (tmp_path / "monitor.monitor.csv").read_text().splitlines()[2:]]
+    assert len(written) == 4
+    assert [episode["r"] for episode in trainer.ep_info_buffer] == pytest.approx(written, abs=1e-3)
+
+
+def test_a_script_of_stable_baselines3_runs_when_its_import_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same lines for both, but for the policy's name."""
+
+    def script(make: Callable[..., Any], log: Path) -> tuple[Any, list[str]]:
+        model = make(
+            "Pendulum-v1", learning_rate=1e-3, learning_starts=20, batch_size=16, train_freq=(1, "step"),
+            action_noise=None, policy_kwargs={"net_arch": [8, 8], "activation_fn": torch.nn.ReLU}, use_sde=False,
+            optimize_memory_usage=False, verbose=0, seed=0, device="cpu", tensorboard_log=None,
+        )  # fmt: skip
+        evaluation = EvalCallback(
+            Monitor(gym.make("Pendulum-v1")), eval_freq=25, n_eval_episodes=1, log_path=str(log), verbose=0,
+            best_model_save_path=str(log),
+        )  # fmt: skip
+        model.learn(total_timesteps=50, callback=evaluation, log_interval=4, reset_num_timesteps=True)
+        assert model.num_timesteps == 50
+        model.learn(total_timesteps=10, reset_num_timesteps=False, progress_bar=False)
+        action, _ = model.predict(model.get_env().observation_space.sample(), deterministic=True)
+        assert action.shape == (1,)
+        return model, sorted(path.name.removesuffix(".zip") for path in log.iterdir())
+
+    theirs, saved = script(functools.partial(SB3SAC, "MlpPolicy"), tmp_path / "theirs")
+    ours, also = script(rlkit.SAC, tmp_path / "ours")
+    assert saved == also == ["best_model", "evaluations.npz"]
+    assert ours.num_timesteps == theirs.num_timesteps == 60
+    assert "records come every 1,000 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"tensorboard_log": "tb"}, "`tensorboard_log`: 'tb' is not possible: give `out=FOLDER`"),
+        ({"use_sde": True}, "`use_sde`: True is not possible"),
+        ({"train_freq": (1, "episode")}, "updates come after a number of steps"),
+        ({"stats_window_size": 10}, "of the last 100 episodes"),
+    ],
+)
+def test_what_stable_baselines3_has_and_rlkit_has_not_is_said(given: dict[str, Any], advice: str) -> None:
+    with pytest.raises(UserError, match=re.escape(advice)):
+        rlkit.SAC("Pendulum-v1", **given)
+    trainer = sac().learn(5)
+    with pytest.raises(UserError, match="make a new one"):
+        trainer.learn(5, reset_num_timesteps=True)
 
 
 def test_evaluate_policy_takes_a_trainer() -> None:
