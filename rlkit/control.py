@@ -332,7 +332,9 @@ class ControlTrainer(Trainer):
                 f"`reset_num_timesteps`: the trainer is at step {self.clock:,} and goes on from there; to begin anew, "
                 "make a new one"
             )
-        return super().learn(total_timesteps, callback, self._verbose if progress_bar is None else progress_bar)
+        return super().learn(
+            total_timesteps, callback, progress_bar=self._verbose if progress_bar is None else progress_bar
+        )
 
     def before_learning(self) -> None:
         if self._reward is None:

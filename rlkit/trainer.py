@@ -213,6 +213,7 @@ class Trainer:
         self,
         total_timesteps: int | None = None,
         callback: Any = None,
+        *,
         progress_bar: bool = False,
     ) -> Self:
         """Train for `total_timesteps` more units of `counts`; without it, until the target of a resumed run.
