@@ -190,8 +190,8 @@ class Trainer:
         return self.target - self.clock
 
     def _decide_compilation(self) -> None:
-        """Once in a run's life, because eager and compiled updates differ by rounding."""
-        if self.compiled is None:
+        """`auto` decides once in a run's life, because eager and compiled updates differ by rounding."""
+        if self.compiled is None or self.config.compile != "auto":
             self.compiled = worthwhile(self.config.compile, self.device, self.planned_updates())
             if self.compiled and self._updates and self.processes.size > 1:
                 self.compiled = False

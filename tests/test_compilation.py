@@ -56,7 +56,12 @@ def test_the_decision_is_made_once_and_outlives_a_checkpoint(tmp_path: Path, mon
     assert agent.compiled is False
     agent.learn(200)  # would be worth it alone
     assert agent.compiled is False
-    assert rlkit.load(agent.save(tmp_path / "agent")).compiled is False
+    folder = agent.save(tmp_path / "agent")
+    assert rlkit.load(folder).compiled is False
+    monkeypatch.setattr("rlkit.trainer.worthwhile", lambda mode, device, updates: mode == "on")
+    other = rlkit.load(folder, compile="on", allow_changes=True)
+    other._decide_compilation()
+    assert other.compiled is True
 
 
 def test_a_failing_compiler_means_one_line_and_an_eager_run(tmp_path: Path) -> None:
