@@ -32,7 +32,8 @@ import rlkit
 from rlkit.buffer import RolloutBuffer
 from rlkit.config import Count, Fraction, NonNegative
 from rlkit.control import ControlTrainer, NetConfig, OffPolicyConfig
-from rlkit.nets import MLP, EnsembleMLP, RunningNorm, ToFloat32, adam, compile_or_eager, descend, polyak_
+from rlkit.nets import MLP, EnsembleMLP, RunningNorm, ToFloat32
+from rlkit.optim import Adam, descend, polyak_
 from rlkit.trainer import Batch
 
 
@@ -81,8 +82,8 @@ class TD3(ControlTrainer):
     actor_target: MLP
     critic: EnsembleMLP
     critic_target: EnsembleMLP
-    actor_optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer
+    actor_optimizer: Adam
+    critic_optimizer: Adam
 
     def build(self) -> None:
         config: TD3Config = self.config
@@ -100,11 +101,11 @@ class TD3(ControlTrainer):
         self.actor_target.load_state_dict(self.actor.state_dict())
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.track(
-            actor_optimizer=adam(self.actor.parameters(), config.learning_rate),
-            critic_optimizer=adam(self.critic.parameters(), config.learning_rate),
+            actor_optimizer=Adam(self.actor.parameters(), config.learning_rate),
+            critic_optimizer=Adam(self.critic.parameters(), config.learning_rate),
             buffer=RolloutBuffer(config.buffer_size, self.transition_fields(), self.device, name="buffer_size"),
         )
-        self._compiled_step = compile_or_eager(self._step, config.compile, self.device)
+        self._update = self.compilable(self._step)
 
     def explore(self, obs: Tensor) -> dict[str, Tensor]:
         noise = self.config.exploration_noise * self._noise(obs.shape[0], "explore")
@@ -114,10 +115,10 @@ class TD3(ControlTrainer):
         return torch.tanh(self.actor(self.normalizer(obs)))  # the policy has no randomness of its own
 
     def update(self, batch: Batch) -> Mapping[str, Tensor]:
-        self.schedule(self.actor_optimizer, self.critic_optimizer)
+        self.schedule()
         noise = self.config.target_noise * self._noise(batch["reward"].shape[0], "target")
         noise = noise.clamp(-self.config.target_noise_clip, self.config.target_noise_clip)
-        return self._compiled_step(batch, noise, delayed=(self.updates + 1) % self.config.policy_delay == 0)
+        return self._update(batch, noise, delayed=(self.updates + 1) % self.config.policy_delay == 0)
 
     def _noise(self, n: int, stream: str) -> Tensor:
         return torch.randn(n, self.action_dim, generator=self.rng[stream], device=self.device)

@@ -47,18 +47,20 @@ def compiler() -> str | None:
 class Update:
     """`function`, computed eagerly, or compiled once `compiled` is set.
 
-    A compilation that fails says so in one line, and the update goes on eagerly.
+    A compilation that fails says so in one line, and it goes on eagerly, as do the others of its trainer.
 
     Args:
-        function: takes tensors in mappings, by position, and flags, by name.
+        function: takes tensors, or mappings of them, by position, and flags, by name.
+        family: all of a trainer's, which this one joins.
 
     Attributes:
         compiled: whether calls are compiled.
         seconds: spent on compilation so far.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], family: list[Update]) -> None:
+        self.function, self.family = function, family
+        family.append(self)
         self.compiled = False
         self.seconds = 0.0
         self._graphs: dict[tuple[bool, ...], Callable[..., Any]] = {}
@@ -82,14 +84,15 @@ class Update:
             with _compiling():
                 result = graph(*args, **flags)
         except (torch._dynamo.exc.TorchDynamoException, AttributeError, RuntimeError, OSError) as error:
-            self.compiled = False
+            for member in self.family:
+                member.compiled = False
             reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
             processes.say(f"compile failed, running eagerly: {type(error).__name__}: {reason}")
             return self.function(*args, **flags)
         self._graphs[key] = graph
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        processes.say(f"compiled the update in {seconds:.1f} s")
+        processes.say(f"compiled `{self.function.__name__.lstrip('_')}` in {seconds:.1f} s")
         return result
 
 

@@ -72,11 +72,16 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor, library: Library) -> Tensor:
         if weight.dim() == 2:
             return _Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1) + bias
         return torch.stack([_Product.apply(rows, one) for rows, one in zip(x, weight, strict=True)]) + bias
+    if torch.compiler.is_compiling():  # it adds the bias together with what follows; the libraries copy it first
+        product = torch.matmul(x, weight)
+        return product + bias.to(product.dtype)
     return F.linear(x, weight.mT, bias) if weight.dim() == 2 else torch.baddbmm(bias, x, weight)
 
 
 def _large(x: Tensor, weight: Tensor) -> bool:
-    """Whether each product is one for oneDNN."""
+    """Whether each product is one for oneDNN; no exported policy's is, whose number of rows is open."""
+    if torch.compiler.is_exporting():
+        return False
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     rows = x.numel() // x.shape[-1] if weight.dim() == 2 else x.shape[-2]
@@ -197,7 +202,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _multiply(x: Tensor, w: Tensor) -> Tensor:
     """x (M, K), w (N, K) -> x w^T."""
     if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.rlkit.product(x, w)
+        out: Tensor = torch.ops.rlkit.product(x.contiguous(), w)
         return out
     return _onednn(x, w)
 

@@ -182,8 +182,7 @@ class Trainer:
 
     def compilable(self, function: Callable[..., Any]) -> Update:
         """`function` such that it is compiled where the configuration asks for it; see `rlkit.compilation`."""
-        self._updates.append(Update(function))
-        return self._updates[-1]
+        return Update(function, self._updates)
 
     def planned_updates(self) -> float:
         """Updates until the target, as far as they can be foretold."""

@@ -214,6 +214,7 @@ class SAC(ControlTrainer):
             buffer=RolloutBuffer(self.share("buffer_size"), self.transition_fields(), self.device, name="buffer_size")
         )
         self._update = self.compilable(self._step)
+        self._explore = self.compilable(self._sample)
 
     def _check(self, config: SACConfig) -> None:
         most = self.action_dim * math.log(2)
@@ -232,16 +233,16 @@ class SAC(ControlTrainer):
             )
 
     def explore(self, obs: Tensor) -> dict[str, Tensor]:
-        return {"action": self._sample(obs, self.rng["explore"])}
+        return {"action": self._explore(obs, self._noise(len(obs), self.rng["explore"]))}
 
     def act(self, obs: Tensor, deterministic: bool) -> Tensor:
         if deterministic:
             return torch.tanh(self.actor(self.normalizer(obs))[0])
-        return self._sample(obs, self.rng["predict"])
+        return self._sample(obs, self._noise(len(obs), self.rng["predict"]))
 
-    def _sample(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+    def _sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         mean, log_std = self.actor(self.normalizer(obs))
-        return torch.tanh(mean + log_std.exp() * self._noise(mean.shape[0], generator))
+        return torch.tanh(mean + log_std.exp() * noise)
 
     def _noise(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randn(n, self.action_dim, generator=generator, device=self.device)
