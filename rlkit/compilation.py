@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +40,16 @@ def worthwhile(mode: Literal["auto", "on", "off"], device: torch.device, updates
 
 
 def compiler() -> str | None:
-    """The C++ compiler that would be used on a CPU, or None."""
-    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    """The C++ compiler that torch.compile would use on a CPU, or None."""
+    return shutil.which(compiler_name())
 
 
-class Update:
+def compiler_name() -> str:
+    """What it is called; as inductor, PyTorch's compiler, finds it."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+class Compilable:
     """`function`, computed eagerly, or compiled once `compiled` is set.
 
     A compilation that fails says so in one line, and it goes on eagerly, as do the others of its trainer.
@@ -58,7 +63,7 @@ class Update:
         seconds: spent on compilation so far.
     """
 
-    def __init__(self, function: Callable[..., Any], family: list[Update]) -> None:
+    def __init__(self, function: Callable[..., Any], family: list[Compilable]) -> None:
         self.function, self.family = function, family
         family.append(self)
         self.compiled = False

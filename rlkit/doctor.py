@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +15,8 @@ import torch
 
 from rlkit import rendering
 from rlkit._version import __version__
-from rlkit.products import onednn_products, preferred
+from rlkit.compilation import compiler, compiler_name
+from rlkit.products import Library, onednn_products, preferred
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "safetensors", "tensorboard")
 EXTRAS = {
@@ -33,7 +33,7 @@ def report() -> Iterator[str]:
     yield f"rlkit {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "packages: " + ", ".join(f"{name} {_version(name) or 'absent'}" for name in PACKAGES)
     capability, memory = torch.backends.cpu.get_cpu_capability(), psutil.virtual_memory()
-    yield f"processor: {os.cpu_count()} cores, {capability}, float32 products of language models by {preferred()}"
+    yield f"processor: {os.cpu_count()} cores, {capability}, float32 products by {preferred()}"
     yield threads()
     yield bf16()
     yield f"memory: {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
@@ -44,7 +44,7 @@ def report() -> Iterator[str]:
     else:
         yield "cuda: none"
     yield f"rendering: {rendering.describe()}"
-    yield compiler()
+    yield cxx()
     for package, extra in EXTRAS.items():
         found = _version(package)
         hint = f'absent; pip install "rlkit-trainers[{extra}]"'
@@ -65,22 +65,17 @@ def bf16() -> str:
     flags = set(info.read_text().split()) if info.exists() else set()
     found = [flag for flag in BF16_FLAGS if flag in flags]
     units = ", ".join(found) if found else "no units for it" if flags else "units unknown"
-    single, half = rate(torch.float32), rate(torch.bfloat16)
-    rates, gain = f"float32 {single:.0f}", f"{half / single:.1f} times"
-    if preferred() == "onednn":
-        by_onednn = rate(torch.float32, onednn=True)
-        rates += f" (oneDNN {by_onednn:.0f})"
-        gain += f" (language models: {half / by_onednn:.1f} times)"
-    faster = f"`--precision bf16` computes large products {gain} as fast"
-    advice = faster if half > 1.2 * single else "`--precision float32` is as fast or faster"
-    return f"bf16: {units}; products at {rates}, bf16 {half:.0f} GFLOP/s: {advice}"
+    single, half = rate(torch.float32, preferred()), rate(torch.bfloat16, "blas")
+    gain = f"`--precision bf16` computes large products {half / single:.1f} times as fast"
+    advice = gain if half > 1.2 * single else "`--precision float32` is as fast or faster"
+    return f"bf16: {units}; products at float32 {single:.0f}, bf16 {half:.0f} GFLOP/s: {advice}"
 
 
-def rate(dtype: torch.dtype, onednn: bool = False) -> float:
+def rate(dtype: torch.dtype, library: Library) -> float:
     """GFLOP/s of the fastest of several matrix products on the CPU; takes about `SECONDS`."""
     a, b = (torch.ones(SIDE, SIDE, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + SECONDS
-    with onednn_products() if onednn else nullcontext():
+    with onednn_products() if library == "onednn" else nullcontext():
         torch.mm(a, b)  # the first one prepares
         while time.perf_counter() < end or best == float("inf"):
             start = time.perf_counter()
@@ -89,11 +84,9 @@ def rate(dtype: torch.dtype, onednn: bool = False) -> float:
     return 2 * SIDE**3 / best / 1e9
 
 
-def compiler() -> str:
+def cxx() -> str:
     """A line about the C++ compiler that torch.compile would use on a CPU."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    return f"compiler: {found}" if found else f"compiler: no {' or '.join(names)}, which `--compile on` needs on a CPU"
+    return f"compiler: {compiler() or f'no {compiler_name()}, which `--compile on` needs on a CPU'}"
 
 
 def _version(package: str) -> str | None:

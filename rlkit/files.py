@@ -16,7 +16,6 @@ def default_place(run: str | Path, name: str) -> Path:
 
     Into the run folder; what is made of one of its checkpoints has the step in its name (`step-0000010000-video.mp4`).
     Beside a saved folder (`agent-video.mp4`): it could not be saved again if it held anything else.
-
     """
     given = Path(run)
     given = given if given.name not in ("", "..") else given.resolve()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rlkit import checkpoint, processes, registry
 from rlkit.buffer import RolloutBuffer
 from rlkit.callbacks import as_callbacks
-from rlkit.compilation import Update, worthwhile
+from rlkit.compilation import Compilable, worthwhile
 from rlkit.config import RunConfig, dump_yaml, load_file, merge, to_dict, validate
 from rlkit.errors import CheckpointError, DivergenceError, UserError, differences
 from rlkit.metrics import Meter, RunLog, require_wandb
@@ -128,7 +128,7 @@ class Trainer:
             "log": 0, "eval": -1, "checkpoint": 0, "records": 0, "eval_records": 0, "logged_at": 0, "evaluated_at": -1,
         }  # fmt: skip
         self._parts: dict[str, Any] = {}
-        self._updates: list[Update] = []
+        self._compilable: list[Compilable] = []
         self.compiled: bool | None = None
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive(config.seed, "weights"))
@@ -180,9 +180,9 @@ class Trainer:
             self._parts[name] = part
             setattr(self, name, part)
 
-    def compilable(self, function: Callable[..., Any]) -> Update:
+    def compilable(self, function: Callable[..., Any]) -> Compilable:
         """`function` such that it is compiled where the configuration asks for it; see `rlkit.compilation`."""
-        return Update(function, self._updates)
+        return Compilable(function, self._compilable)
 
     def planned_updates(self) -> float:
         """Updates until the target, as far as they can be foretold."""
@@ -192,19 +192,19 @@ class Trainer:
         """`auto` decides once in a run's life, because eager and compiled updates differ by rounding."""
         if self.compiled is None or self.config.compile != "auto":
             self.compiled = worthwhile(self.config.compile, self.device, self.planned_updates())
-            if self.compiled and self._updates and self.processes.size > 1:
+            if self.compiled and self._compilable and self.processes.size > 1:
                 self.compiled = False
                 processes.say("`compile`: updates of several processes, which exchange gradients, run eagerly")
         for part in self._parts.values():
             if isinstance(part, Adam):
-                part.correct_bias()
-        for update in self._updates:
-            update.compiled = self.compiled
+                part.correct_bias()  # for compiled steps, which may follow eager ones
+        for function in self._compilable:
+            function.compiled = self.compiled
 
     @property
     def compile_seconds(self) -> float:
         """Time spent on compilation so far."""
-        return sum(update.seconds for update in self._updates)
+        return sum(function.seconds for function in self._compilable)
 
     # Learning
 

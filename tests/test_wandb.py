@@ -15,7 +15,6 @@ from helpers import TINY, as_options, run_rlkit
 
 from rlkit.metrics import read_jsonl
 
-pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
 BLOCK = 32768  # bytes of W&B's log format, which is LevelDB's
 
 
