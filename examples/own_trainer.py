@@ -90,7 +90,7 @@ class TD3(ControlTrainer):
         net = config.policy_kwargs
         actor = [self.obs_dim, *net.widths("pi"), self.action_dim]
         critic = [self.obs_dim + self.action_dim, *net.widths("qf"), 1]
-        more = (net.activation_fn, net.layer_norm, net.dropout, self.rng["dropout"])
+        more = (net.activation_fn, net.layer_norm, net.dropout)
         self.track(
             normalizer=RunningNorm(self.obs_dim) if config.normalize_obs else ToFloat32(),
             actor=MLP(actor, net.activation_fn),
@@ -116,32 +116,34 @@ class TD3(ControlTrainer):
 
     def update(self, batch: Batch) -> Mapping[str, Tensor]:
         self.schedule()
-        noise = self.config.target_noise * self._noise(batch["reward"].shape[0], "target")
+        n = batch["reward"].shape[0]
+        noise = self.config.target_noise * self._noise(n, "target")
         noise = noise.clamp(-self.config.target_noise_clip, self.config.target_noise_clip)
-        return self._update(batch, noise, delayed=(self.updates + 1) % self.config.policy_delay == 0)
+        masks = [self.critic.masks(n, self.rng["dropout"]) for _ in range(3)]
+        return self._update(batch, noise, masks, delayed=(self.updates + 1) % self.config.policy_delay == 0)
 
     def _noise(self, n: int, stream: str) -> Tensor:
         return torch.randn(n, self.action_dim, generator=self.rng[stream], device=self.device)
 
-    def _q(self, critic: EnsembleMLP, obs: Tensor, action: Tensor) -> Tensor:
-        """Values (N, B) of (B, obs_dim) and (B, D)."""
-        q: Tensor = critic(torch.cat([obs, action], dim=-1))
+    def _q(self, critic: EnsembleMLP, obs: Tensor, action: Tensor, masks: list[Tensor]) -> Tensor:
+        """Values (N, B) of (B, obs_dim), (B, D) and masks of dropout."""
+        q: Tensor = critic(torch.cat([obs, action], dim=-1), masks)
         return q.squeeze(-1).float()
 
-    def _step(self, batch: Batch, noise: Tensor, delayed: bool) -> dict[str, Tensor]:
+    def _step(self, batch: Batch, noise: Tensor, masks: list[list[Tensor]], delayed: bool) -> dict[str, Tensor]:
         """Critics, then with `delayed` the actor and all targets: one gradient step each (Algorithm 1)."""
         with self.autocast():
             obs, next_obs = self.normalizer(batch["obs"]), self.normalizer(batch["next_obs"])
             with torch.no_grad():
                 next_action = (torch.tanh(self.actor_target(next_obs)) + noise).clamp(-1, 1)
-                next_q = self._q(self.critic_target, next_obs, next_action)
+                next_q = self._q(self.critic_target, next_obs, next_action, masks[0])
                 y = td_target(batch["reward"], batch["discount"], batch["terminated"], next_q)
-            loss = critic_loss(self._q(self.critic, obs, batch["action"]), y)
+            loss = critic_loss(self._q(self.critic, obs, batch["action"], masks[1]), y)
         norm = descend(self.critic_optimizer, loss)
         metrics = {"train/critic_loss": loss.detach(), "train/critic_grad_norm": norm}
         if delayed:
             with self.autocast():
-                loss = actor_loss(self._q(self.critic, obs, torch.tanh(self.actor(obs))))
+                loss = actor_loss(self._q(self.critic, obs, torch.tanh(self.actor(obs)), masks[2]))
             metrics |= {"train/actor_grad_norm": descend(self.actor_optimizer, loss), "train/actor_loss": loss.detach()}
             polyak_(self.actor_target, self.actor, self.config.tau)
             polyak_(self.critic_target, self.critic, self.config.tau)

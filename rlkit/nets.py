@@ -40,20 +40,6 @@ ActivationName = Annotated[
 ]
 
 
-class Dropout(nn.Module):
-    """Dropout whose masks come from a named stream instead of PyTorch's global one."""
-
-    def __init__(self, probability: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.probability, self.generator = probability, generator
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = 1.0 - self.probability
-        return x * torch.empty_like(x).bernoulli_(keep, generator=self.generator) / keep
-
-
 class MLP(nn.Module):
     """(..., in) -> (..., out): linear layers with an activation between them.
 
@@ -125,7 +111,7 @@ class EnsembleMLP(nn.Module):
     """N multi-layer perceptrons evaluated together: (B, in) or (N, B, in) -> (N, B, out).
 
     With `layer_norm` and `dropout`, each hidden layer is linear, dropout, layer normalisation, activation
-    (DroQ, arXiv:2110.02034).
+    (DroQ, arXiv:2110.02034). The noise of dropout is an input, `masks`; without it nothing is dropped.
     """
 
     def __init__(
@@ -135,25 +121,31 @@ class EnsembleMLP(nn.Module):
         activation: str = "relu",
         layer_norm: bool = False,
         dropout: float = 0.0,
-        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if dropout > 0 and generator is None:
-            raise ValueError("dropout needs a generator")
-        self.n, self.activation = n, ACTIVATIONS[activation]
+        self.n, self.activation, self.dropout = n, ACTIVATIONS[activation], dropout
         self.layers = nn.ModuleList(EnsembleLinear(n, a, b) for a, b in itertools.pairwise(sizes))
-        hidden = sizes[1:-1]
-        self.norms = nn.ModuleList(EnsembleLayerNorm(n, width) for width in hidden) if layer_norm else None
-        self.dropout = Dropout(dropout, generator) if dropout > 0 and generator is not None else None
+        self.hidden = tuple(sizes[1:-1])
+        self.norms = nn.ModuleList(EnsembleLayerNorm(n, width) for width in self.hidden) if layer_norm else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def masks(self, rows: int, generator: torch.Generator) -> list[Tensor]:
+        """Noise of dropout for a pass over `rows` rows: (N, rows, width) for each hidden layer, 0 with the probability
+        of dropout and otherwise what keeps the mean; an empty list without dropout.
+        """
+        if self.dropout == 0:
+            return []
+        keep = 1.0 - self.dropout
+        drawn = [torch.empty(self.n, rows, width, device=generator.device) for width in self.hidden]
+        return [mask.bernoulli_(keep, generator=generator).div_(keep) for mask in drawn]
+
+    def forward(self, x: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
         if x.dim() == 2:
             x = x.expand(self.n, *x.shape)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i < last:
-                x = self.dropout(x) if self.dropout is not None else x
+                x = x * masks[i].to(x.dtype) if masks else x
                 x = self.norms[i](x) if self.norms is not None else x
                 x = self.activation(x)
         return x

@@ -66,7 +66,7 @@ class Streams(Mapping[str, torch.Generator]):
         return {name: self._streams[name].get_state() for name in sorted(self._streams)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Set every stream in place, because parts such as dropout hold on to theirs; absent ones begin anew."""
+        """Set every stream in place, because parts may hold on to theirs; absent ones begin anew."""
         for name, stream in self._streams.items():
             if name not in state:
                 self._seeded(stream, name)

@@ -101,6 +101,8 @@ def test_a_compiled_run_is_the_eager_one_up_to_rounding_and_resumes_bit_for_bit(
     precision: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fields = {**TINY, "precision": precision, "policy_delay": 2, "learning_rate_schedule": "linear"}
+    net = {"n_critics": 3, "layer_norm": True, "dropout": 0.1}  # all that noise and networks can have
+    fields |= {"target_critics": 2, "policy_kwargs": {**TINY["policy_kwargs"], **net}}
     eager = rlkit.SAC("Pendulum-v1", compile="off", **fields).learn(100)
     agent = rlkit.SAC("Pendulum-v1", compile="on", **fields).learn(100)
     assert agent.compiled

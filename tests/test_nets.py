@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from rlkit.nets import (
     ACTIVATIONS,
     MLP,
-    Dropout,
     EnsembleLayerNorm,
     EnsembleLinear,
     EnsembleMLP,
@@ -97,8 +96,9 @@ def test_ensemble_takes_one_input_or_one_a_member() -> None:
 
 
 def test_ensemble_without_hidden_layers_is_linear() -> None:
-    net: Any = EnsembleMLP(2, [3, 1], layer_norm=True, dropout=0.5, generator=torch.Generator())
+    net: Any = EnsembleMLP(2, [3, 1], layer_norm=True, dropout=0.5)
     x = torch.randn(5, 3)
+    assert net.masks(5, torch.Generator()) == []
     torch.testing.assert_close(net(x), x @ net.layers[0].weight + net.layers[0].bias)
 
 
@@ -149,64 +149,68 @@ def test_learned_scalar() -> None:
 # Dropout
 
 
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def test_dropout_keeps_the_mean() -> None:
     """Each element is 0 with probability p, else 1/(1-p): over 10^6 of them the mean is 1 +- 5 sqrt(p/(1-p)) / 1000."""
     for p in (0.01, 0.3, 0.9):
-        out = Dropout(p, torch.Generator().manual_seed(1))(torch.ones(1000, 1000))
-        assert out.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
-        assert float(out.double().mean()) == pytest.approx(1, abs=5e-3 * math.sqrt(p / (1 - p)))
+        (mask,) = EnsembleMLP(1, [3, 1000, 1], dropout=p).masks(1000, seeded())
+        assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
+        assert float(mask.double().mean()) == pytest.approx(1, abs=5e-3 * math.sqrt(p / (1 - p)))
 
 
-def test_dropout_gradient_has_the_same_mask() -> None:
-    x = torch.ones(50, requires_grad=True)
-    out = Dropout(0.5, torch.Generator().manual_seed(1))(x)
-    (gradient,) = torch.autograd.grad(out.sum(), [x])
-    assert torch.equal(gradient, out.detach())
+def test_dropout_multiplies_hidden_layers_and_their_gradients() -> None:
+    """Without activations that bend, y = w2 (m * w1 x), layer by layer, and the gradient passes through the mask."""
+    net: Any = EnsembleMLP(1, [3, 8, 1], "leaky_relu", dropout=0.5)
+    x = torch.randn(4, 3)
+    (mask,) = masks = net.masks(4, seeded())
+    first, second = net.layers
+    hidden = nn.functional.leaky_relu((x @ first.weight[0] + first.bias[0]) * mask[0])
+    torch.testing.assert_close(net(x, masks)[0], hidden @ second.weight[0] + second.bias[0])
+    assert 0 < float((mask == 0).float().mean()) < 1
+    (gradient,) = torch.autograd.grad(net(x, masks).sum(), [first.bias])
+    slope = torch.where(hidden > 0, 1.0, 0.01)
+    torch.testing.assert_close(gradient[0, 0], (mask[0] * slope * second.weight[0, :, 0]).sum(0))
 
 
 def test_dropout_draws_from_its_generator_alone() -> None:
-    net: Any = EnsembleMLP(2, [3, 32, 1], dropout=0.5, generator=torch.Generator().manual_seed(5))
-    x = torch.randn(4, 3)
+    net = EnsembleMLP(2, [3, 32, 16, 1], dropout=0.5)
     before = torch.random.get_rng_state()
-    first, second = net(x), net(x)
+    first, second = net.masks(4, seeded()), net.masks(4, seeded(6))
     assert torch.equal(before, torch.random.get_rng_state())
-    assert not torch.equal(first, second)
-    net.dropout.generator.manual_seed(5)
-    assert torch.equal(net(x), first)
-    assert torch.equal(net(x), second)
+    assert [tuple(mask.shape) for mask in first] == [(2, 4, 32), (2, 4, 16)]
+    assert not torch.equal(first[0], second[0])
+    assert all(map(torch.equal, first, net.masks(4, seeded())))
 
 
-def test_dropout_is_off_in_evaluation_and_draws_nothing() -> None:
-    generator = torch.Generator().manual_seed(5)
-    net = EnsembleMLP(2, [3, 8, 1], dropout=0.5, generator=generator)
-    plain = EnsembleMLP(2, [3, 8, 1])
+def test_nothing_is_dropped_without_masks() -> None:
+    net, plain = EnsembleMLP(2, [3, 8, 1], dropout=0.5), EnsembleMLP(2, [3, 8, 1])
     plain.load_state_dict(net.state_dict())
-    state, x = generator.get_state(), torch.randn(4, 3)
-    assert torch.equal(net.eval()(x), plain(x))
+    generator, x = seeded(), torch.randn(4, 3)
+    state = generator.get_state()
+    assert torch.equal(net(x), plain(x))
+    assert plain.masks(4, generator) == []
     assert torch.equal(state, generator.get_state())
 
 
 def test_dropout_of_a_member_is_its_own() -> None:
     """Equal members, equal inputs: different masks, so that an ensemble stays an ensemble."""
-    net = EnsembleMLP(2, [3, 64, 1], dropout=0.5, generator=torch.Generator().manual_seed(5))
+    net = EnsembleMLP(2, [3, 64, 1], dropout=0.5)
     for parameter in net.parameters():
         parameter.data[1] = parameter.data[0]
-    out = net(torch.randn(4, 3))
+    out = net(torch.randn(4, 3), net.masks(4, seeded()))
     assert not torch.equal(out[0], out[1])
-
-
-def test_dropout_needs_a_generator() -> None:
-    with pytest.raises(ValueError, match="generator"):
-        EnsembleMLP(2, [3, 4, 1], dropout=0.1)
 
 
 def test_hidden_layer_order_is_dropout_norm_activation() -> None:
     """DroQ's order: whatever is dropped, the layer norm's output (before ReLU) has mean 0 and variance 1 a row."""
-    net = EnsembleMLP(2, [3, 64, 64], layer_norm=True, dropout=0.5, generator=torch.Generator().manual_seed(5))
+    net = EnsembleMLP(2, [3, 64, 64], layer_norm=True, dropout=0.5)
     seen: list[Tensor] = []
     assert net.norms is not None
     net.norms[0].register_forward_hook(lambda _module, inputs, output: seen.extend([inputs[0], output]))
-    net(torch.randn(4, 3))
+    net(torch.randn(4, 3), net.masks(4, seeded()))
     assert 0.3 < float((seen[0] == 0).float().mean()) < 0.7
     torch.testing.assert_close(seen[1].mean(-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(seen[1].var(-1, unbiased=False), torch.ones(2, 4), atol=1e-3, rtol=0)

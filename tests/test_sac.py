@@ -237,6 +237,32 @@ def test_redq_and_droq_are_configurations() -> None:
     assert any("norms" in name for name in names)
 
 
+def test_dropout_acts_in_all_three_passes() -> None:
+    """Targets, critics and the actor's critics (DroQ, Algorithm 1): masks of one are no dropout, and each pass's masks
+    move what depends on it, by the gradient norms, and nothing that came before it.
+    """
+    fields = {**SMALL, "policy_kwargs": {"net_arch": [16, 16], "layer_norm": True, "dropout": 0.5}}
+
+    def norms(*passes: str) -> tuple[float, float]:
+        agent = SAC("Pendulum-v1", **fields).learn(10)
+        batch = agent.batch()
+        n = len(batch["reward"])
+        noise = {name: agent._noise(n, agent.rng["noise"]) for name in ("actor", "next")}
+        drawn = {name: agent.critic.net.masks(n, agent.rng["dropout"]) for name in ("target", "critic", "actor")}
+        masks = {name: drawn[name] if name in passes else [mask * 0 + 1 for mask in drawn[name]] for name in drawn}
+        metrics = agent._step(batch, noise, masks, update_actor=True, update_target=True)
+        return float(metrics["train/critic_grad_norm"]), float(metrics["train/actor_grad_norm"])
+
+    critic, actor = norms()
+    fields["policy_kwargs"]["dropout"] = 0.0
+    assert norms() == (critic, actor)
+    fields["policy_kwargs"]["dropout"] = 0.5
+    assert norms("target")[0] != critic
+    assert norms("critic")[0] != critic
+    assert norms("actor")[0] == critic
+    assert norms("actor")[1] != actor
+
+
 def test_fixed_temperature_stays() -> None:
     agent = SAC("Pendulum-v1", ent_coef=0.2, **SMALL).learn(15)
     assert agent.log_alpha().exp().item() == pytest.approx(0.2)

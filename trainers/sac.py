@@ -20,7 +20,7 @@ outside the log-probability.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -67,8 +67,6 @@ class SACConfig(OffPolicyConfig):
 def tanh_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Reparameterised sample a = tanh(u), u = mean + std noise, and its log-probability (Appendix C, Eq. 26).
 
-    log(1 - tanh(u)^2) is evaluated as 2 (log 2 - u - softplus(-2u)), exact where 1 - a^2 rounds to zero.
-
     Args:
         mean, log_std, noise: (..., D); noise is standard normal.
 
@@ -77,8 +75,12 @@ def tanh_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor,
     """
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
-    return torch.tanh(u), (log_normal - log_det).sum(-1)
+    return torch.tanh(u), (log_normal - tanh_log_det(u)).sum(-1)
+
+
+def tanh_log_det(u: Tensor) -> Tensor:
+    """log(1 - tanh(u)^2) as 2 (log 2 - u - softplus(-2u)), exact where 1 - tanh(u)^2 rounds to zero; same shape."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
 def td_target(
@@ -132,16 +134,87 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """N action values as one batched network: (B, obs), (B, D) -> (N, B)."""
+    """N action values as one batched network: (B, obs), (B, D) and masks of dropout -> (N, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, config: SACConfig, generator: torch.Generator) -> None:
+    def __init__(self, obs_dim: int, action_dim: int, config: SACConfig) -> None:
         super().__init__()
         net = config.policy_kwargs
         sizes = [obs_dim + action_dim, *net.widths("qf"), 1]
-        self.net = EnsembleMLP(net.n_critics, sizes, net.activation_fn, net.layer_norm, net.dropout, generator)
+        self.net = EnsembleMLP(net.n_critics, sizes, net.activation_fn, net.layer_norm, net.dropout)
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1).float()
+    def forward(self, obs: Tensor, action: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
+        return self.net(torch.cat([obs, action], dim=-1), masks).squeeze(-1).float()
+
+
+def target_entropy(config: SACConfig, action_dim: int) -> float:
+    """In nats: the configuration's, or -D."""
+    return -float(action_dim) if config.target_entropy == "auto" else config.target_entropy
+
+
+def track_networks(trainer: ControlTrainer, actor: type[nn.Module]) -> None:
+    """Make and track what SAC has in common with trainers that change its policy: the networks, of which an
+    `actor(obs_dim, action_dim, config)` is the policy's, the temperature, all optimisers, and the buffer.
+
+    Raises:
+        UserError: fields that do not fit each other.
+    """
+    config: SACConfig = trainer.config
+    _check(config, trainer.action_dim)
+    learned = isinstance(config.ent_coef, str)
+    initial = float(str(config.ent_coef).removeprefix("auto").removeprefix("_") or 1.0)
+    shape = (trainer.obs_dim, trainer.action_dim, config)
+    policy, critic, target = actor(*shape), Critic(*shape), Critic(*shape).requires_grad_(False)
+    target.load_state_dict(critic.state_dict())
+    log_alpha = LearnedScalar(math.log(initial) if initial > 0 else -math.inf).requires_grad_(learned)
+    normalizer = RunningNorm(trainer.obs_dim) if config.normalize_obs else ToFloat32()
+    trainer.track(normalizer=normalizer, actor=policy, critic=critic, critic_target=target, log_alpha=log_alpha)
+    optimised = {"actor": policy, "critic": critic} | ({"temperature": log_alpha} if learned else {})
+    for name, module in optimised.items():
+        trainer.track(**{f"{name}_optimizer": Adam(module.parameters(), config.learning_rate)})
+    size = trainer.share("buffer_size")
+    trainer.track(buffer=RolloutBuffer(size, trainer.transition_fields(), trainer.device, name="buffer_size"))
+
+
+def _check(config: SACConfig, action_dim: int) -> None:
+    most = action_dim * math.log(2)
+    if config.target_entropy != "auto" and config.target_entropy >= most:
+        raise UserError(
+            f"`target_entropy`: got {config.target_entropy}; a policy on [-1, 1]^{action_dim} has less than "
+            f"{most:.3f} nats, so the temperature would grow without bound"
+        )
+    low, high = config.log_std_bounds
+    if low >= high:
+        raise UserError(f"`log_std_bounds`: got {low}, {high}; the first must be below the second")
+    if config.target_critics is not None and config.target_critics > config.policy_kwargs.n_critics:
+        raise UserError(
+            f"`target_critics`: got {config.target_critics}, but `policy_kwargs.n_critics` is "
+            f"{config.policy_kwargs.n_critics}"
+        )
+
+
+def due(trainer: ControlTrainer) -> dict[str, bool]:
+    """What the next update updates besides the critics, by the intervals of the configuration."""
+    config, number = trainer.config, trainer.updates + 1
+    return {
+        "update_actor": number % config.policy_delay == 0,
+        "update_target": number % config.target_update_interval == 0,
+    }
+
+
+def target_subset(trainer: ControlTrainer) -> dict[str, Tensor]:
+    """`subset`: numbers of the random critics of this update's target, where not all are (REDQ, Algorithm 1)."""
+    config: SACConfig = trainer.config
+    if config.target_critics is None:
+        return {}
+    generator = trainer.rng.common("subset")
+    order = torch.randperm(config.policy_kwargs.n_critics, generator=generator, device=trainer.device)
+    return {"subset": order[: config.target_critics]}
+
+
+def dropout_masks(trainer: ControlTrainer, critic: Critic, n: int) -> dict[str, list[Tensor]]:
+    """Noise of dropout for the passes through the critics that the next update makes over n rows."""
+    passes = ["target", "critic", *["actor"] * due(trainer)["update_actor"]]
+    return {name: critic.net.masks(n, trainer.rng["dropout"]) for name in passes}
 
 
 # Fields of RL Baselines3 Zoo (hyperparams/sac.yml), as far as SAC without state-dependent exploration has them, and the
@@ -188,49 +261,11 @@ class SAC(ControlTrainer):
     temperature_optimizer: Adam
 
     def build(self) -> None:
-        config: SACConfig = self.config
-        self._check(config)
-        self.target_entropy = -float(self.action_dim) if config.target_entropy == "auto" else config.target_entropy
-        self.learned_temperature = isinstance(config.ent_coef, str)
-        initial = float(str(config.ent_coef).removeprefix("auto").removeprefix("_") or 1.0)
-        shape = (self.obs_dim, self.action_dim, config)
-        self.track(
-            normalizer=RunningNorm(self.obs_dim) if config.normalize_obs else ToFloat32(),
-            actor=Actor(*shape),
-            critic=Critic(*shape, self.rng["dropout"]),
-            critic_target=Critic(*shape, self.rng["dropout"]).requires_grad_(False),
-            log_alpha=LearnedScalar(math.log(initial) if initial > 0 else -math.inf),
-        )
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        rate = config.learning_rate
-        self.track(
-            actor_optimizer=Adam(self.actor.parameters(), rate), critic_optimizer=Adam(self.critic.parameters(), rate)
-        )
-        if self.learned_temperature:
-            self.track(temperature_optimizer=Adam(self.log_alpha.parameters(), rate))
-        else:
-            self.log_alpha.requires_grad_(False)
-        self.track(
-            buffer=RolloutBuffer(self.share("buffer_size"), self.transition_fields(), self.device, name="buffer_size")
-        )
+        track_networks(self, Actor)
+        self.target_entropy = target_entropy(self.config, self.action_dim)
+        self.learned_temperature = isinstance(self.config.ent_coef, str)
         self._update = self.compilable(self._step)
         self._explore = self.compilable(self._sample)
-
-    def _check(self, config: SACConfig) -> None:
-        most = self.action_dim * math.log(2)
-        if config.target_entropy != "auto" and config.target_entropy >= most:
-            raise UserError(
-                f"`target_entropy`: got {config.target_entropy}; a policy on [-1, 1]^{self.action_dim} has less than "
-                f"{most:.3f} nats, so the temperature would grow without bound"
-            )
-        low, high = config.log_std_bounds
-        if low >= high:
-            raise UserError(f"`log_std_bounds`: got {low}, {high}; the first must be below the second")
-        if config.target_critics is not None and config.target_critics > config.policy_kwargs.n_critics:
-            raise UserError(
-                f"`target_critics`: got {config.target_critics}, but `policy_kwargs.n_critics` is "
-                f"{config.policy_kwargs.n_critics}"
-            )
 
     def explore(self, obs: Tensor) -> dict[str, Tensor]:
         return {"action": self._explore(obs, self._noise(len(obs), self.rng["explore"]))}
@@ -248,22 +283,18 @@ class SAC(ControlTrainer):
         return torch.randn(n, self.action_dim, generator=generator, device=self.device)
 
     def update(self, batch: Batch) -> Mapping[str, Tensor]:
-        config: SACConfig = self.config
-        n, critics = batch["reward"].shape[0], config.policy_kwargs.n_critics
+        n = batch["reward"].shape[0]
         noise = {"actor": self._noise(n, self.rng["noise"]), "next": self._noise(n, self.rng["noise"])}
-        if config.target_critics is not None:
-            order = torch.randperm(critics, generator=self.rng.common("subset"), device=self.device)
-            noise["subset"] = order[: config.target_critics]
         self.schedule()
-        return self._update(
-            batch,
-            noise,
-            update_actor=(self.updates + 1) % config.policy_delay == 0,
-            update_target=(self.updates + 1) % config.target_update_interval == 0,
-        )
+        return self._update(batch, {**noise, **target_subset(self)}, dropout_masks(self, self.critic, n), **due(self))
 
     def _step(
-        self, batch: Batch, noise: dict[str, Tensor], update_actor: bool, update_target: bool
+        self,
+        batch: Batch,
+        noise: dict[str, Tensor],
+        masks: dict[str, list[Tensor]],
+        update_actor: bool,
+        update_target: bool,
     ) -> dict[str, Tensor]:
         """Critics, actor, temperature, targets, in that order: one gradient step each (Algorithm 1)."""
         config: SACConfig = self.config
@@ -275,11 +306,11 @@ class SAC(ControlTrainer):
 
             with torch.no_grad():
                 next_action, next_logp = self.actor.sample(next_obs, noise["next"])
-                next_q = self.critic_target(next_obs, next_action)
+                next_q = self.critic_target(next_obs, next_action, masks["target"])
                 next_q = next_q[noise["subset"]] if "subset" in noise else next_q
                 y = td_target(batch["reward"], batch["discount"], batch["terminated"], next_q, next_logp, alpha)
 
-            q = self.critic(obs, batch["action"])
+            q = self.critic(obs, batch["action"], masks["critic"])
             loss = critic_loss(q, y)
         metrics["train/critic_grad_norm"] = descend(self.critic_optimizer, loss, average)
         metrics |= {"train/critic_loss": loss.detach(), "train/q_mean": q.detach().mean(), "train/ent_coef": alpha}
@@ -287,7 +318,7 @@ class SAC(ControlTrainer):
         if update_actor:
             with self.autocast():
                 action, logp = self.actor.sample(obs, noise["actor"])
-                q = self.critic(obs, action)
+                q = self.critic(obs, action, masks["actor"])
                 loss = actor_loss(logp, q.min(0).values if config.actor_critics == "min" else q.mean(0), alpha)
             metrics["train/actor_grad_norm"] = descend(self.actor_optimizer, loss, average)
             metrics |= {"train/actor_loss": loss.detach(), "train/entropy": -logp.detach().mean()}
