@@ -76,6 +76,7 @@ WORKLOADS = {
 }
 PEERS = ("sb3", "sbx")
 OURS = ("rlkit", "rlkit-bf16")
+HOW = ("eager", "compiled")
 FIRST, *_, LAST, OVERHEAD = WORKLOADS
 SPLIT = (FIRST, LAST)
 PARTS = ("environment", "acting", "buffer", "update")
@@ -85,9 +86,9 @@ MEASURED = ("steps_per_second", "seconds", "memory", "compile_seconds", *PARTS)
 
 def sides(workload: Workload) -> tuple[str, ...]:
     """Who is measured on it."""
-    if workload == MAIN:
-        return (*PEERS, "rltools", *(f"{ours}{how}" for ours in OURS for how in ("", "-eager", "-compiled")))
-    return (*PEERS, "rltools", *OURS) if workload == SMALL else (*PEERS, *OURS)
+    if workload in (MAIN, SMALL):
+        return (*PEERS, "rltools", *OURS, *(f"{ours}-{how}" for ours in OURS for how in HOW))
+    return (*PEERS, *OURS)
 
 
 # One side, in a process of its own
@@ -256,6 +257,9 @@ def products(precision: str, library: str) -> None:
 
 # All of them
 
+Found = dict[str, dict[str, list[dict[str, str]]]]
+"""Runs by side and number of threads."""
+
 
 def call(*args: str, threads: int = THREADS) -> dict[str, Any]:
     """Run this file in a process of its own."""
@@ -305,17 +309,13 @@ def main(quick: bool = False) -> str:
 def report(out: Path) -> str:
     """Medians and ratios as Markdown, also written beside the CSV."""
     rows = read(out)
-    found: dict[str, dict[str, dict[str, list[dict[str, str]]]]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[str, Found] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         found[row["workload"]][row["side"]].setdefault(row["threads"], []).append(row)
 
     def best(name: str, side: str, key: str = "steps_per_second") -> float:
         """The median of `key`, at the number of threads that is best for the side."""
-        groups = found[name].get(side, {}).values()
-        if not groups:
-            return math.nan
-        group = max(groups, key=lambda group: median(float(row["steps_per_second"]) for row in group))
-        return median(float(row[key]) for row in group)
+        return median_of(at_best(found[name], side), key)
 
     def figure(value: float, form: str = ",.0f", unit: str = "") -> str:
         return "-" if math.isnan(value) else format(value, form) + unit
@@ -338,16 +338,17 @@ def report(out: Path) -> str:
                      f"rlkit / RLtools (C++): {ratios(OVERHEAD, 'rlkit', ['rltools'])}.")  # fmt: skip
     if "rltools" in found[FIRST]:
         parts.append(f"{FIRST}: RLtools {figure(best(FIRST, 'rltools'))} steps/s.")
-    compiled = []
-    for side in OURS:
-        ways = [best(FIRST, f"{side}-{how}") for how in ("eager", "compiled")]
-        if not any(map(math.isnan, ways)):
-            reached = [f"{speed * share(rows, side):.0%}" for speed in ways]
-            compiled.append([side, *map(figure, ways), *won(found[FIRST], side), *reached])
+    compiled = [
+        [f"{name}, {side}", *compilation(found[name], side), *(
+            figure(best(name, f"{side}-{how}") * share(rows, side) if name == FIRST else math.nan, ".0%") for how in HOW
+        )]
+        for name in (FIRST, OVERHEAD) for side in OURS if f"{side}-compiled" in found[name]
+    ]  # fmt: skip
     if compiled:
-        header = [FIRST, "eager", "compiled", "compiling, seconds", "won back after updates",
-                  "share of the matrix-product rate, eager", "compiled"]  # fmt: skip
-        parts.append(table(header, compiled))
+        header = [*HOW, "compiling, seconds; found in the cache", "won back after updates"]
+        parts.append(
+            table(["steps/s", *header, *(f"share of the matrix-product rate, {how}" for how in HOW)], compiled)
+        )
     divided = [
         [f"{name}, {side}", *(f"{part:.0%}" for part in shares(found[name][f"{side}-split"]))]
         for name in SPLIT
@@ -369,13 +370,25 @@ def report(out: Path) -> str:
     return text
 
 
-def won(sides_found: Mapping[str, Mapping[str, list[dict[str, str]]]], side: str) -> list[str]:
-    """Seconds of compiling from scratch, and updates after which they are won back."""
-    runs = {how: next(iter(sides_found[f"{side}-{how}"].values())) for how in ("eager", "compiled")}
-    seconds = max(float(row["compile_seconds"]) for row in runs["compiled"])  # later ones find it in the cache
-    time = {how: 1 / median(float(row["steps_per_second"]) for row in group) for how, group in runs.items()}
-    saved = time["eager"] - time["compiled"]
-    return [f"{seconds:.0f}", f"{seconds / saved:,.0f}" if saved > 0 else "never"]
+def at_best(sides_found: Found, side: str) -> list[dict[str, str]]:
+    """Runs of a side with the number of threads that is best for it."""
+    return max(sides_found.get(side, {}).values(), key=median_of, default=[])
+
+
+def median_of(runs: Sequence[Mapping[str, str]], key: str = "steps_per_second") -> float:
+    return median(float(row[key]) for row in runs) if runs else math.nan
+
+
+def compilation(sides_found: Found, side: str) -> list[str]:
+    """Steps/s eager and compiled, seconds of compiling from nothing and from the cache, and updates after which the
+    former are won back; for workloads of one update a step.
+    """
+    speeds = [median_of(at_best(sides_found, f"{side}-{how}")) for how in HOW]
+    groups = [runs for name in (side, f"{side}-compiled") for runs in sides_found[name].values()]
+    seconds = [float(row["compile_seconds"]) for runs in groups for row in runs]
+    saved = 1 / speeds[0] - 1 / speeds[1]
+    back = f"{max(seconds) / saved:,.0f}" if saved > 0 else "never"
+    return [*(f"{speed:,.0f}" for speed in speeds), f"{max(seconds):.0f}; {min(seconds):.0f}", back]
 
 
 def share(rows: Sequence[Mapping[str, str]], side: str) -> float:
