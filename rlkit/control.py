@@ -192,7 +192,7 @@ class ControlTrainer(Trainer):
         self.processes.from_main(lambda: [self.share(name) for name in self.divided if hasattr(config, name)])
         # A part of the last episodes of all processes.
         self.window: deque[tuple[float, int, bool | None]] = deque(maxlen=max(1, WINDOW // self.processes.size))
-        self.n_step = NStep(getattr(config, "n_steps", 1), config.gamma, self.n_envs)
+        self.n_step = NStep(config.n_steps if isinstance(config, OffPolicyConfig) else 1, config.gamma, self.n_envs)
         self.vector_steps, self.since_update = 0, 0
         super().__init__(config)
 
@@ -359,11 +359,11 @@ class ControlTrainer(Trainer):
         return int(np.prod(self.action_space.shape or (1,)))
 
     def transition_fields(self) -> dict[str, Field]:
-        """Columns of a transition: the observation in its own dtype, the action in [-1, 1]."""
+        """Columns of a transition: the observation in its own dtype, the action in [-1, 1], or a number from 0."""
         obs = Field((self.obs_dim,), dtype_of(self.flat_observation_space.dtype))
         return {
             "obs": obs,
-            "action": Field((self.action_dim,)),
+            "action": Field((self.action_dim,)) if self.scale is not None else Field(dtype=torch.int64),
             "reward": Field(),
             "next_obs": obs,
             "terminated": Field(dtype=torch.bool),
@@ -372,11 +372,13 @@ class ControlTrainer(Trainer):
         }
 
     def explore(self, obs: Tensor) -> dict[str, Tensor]:
-        """(n, obs_dim) observations -> columns to store, at least `action` (n, action_dim) in [-1, 1]."""
+        """(n, obs_dim) observations -> columns to store, at least `action`: (n, action_dim) in [-1, 1], or (n,) numbers
+        from 0 of discrete ones.
+        """
         raise NotImplementedError
 
     def act(self, obs: Tensor, deterministic: bool) -> Tensor:
-        """(n, obs_dim) float observations -> (n, action_dim) actions in [-1, 1]; noise from the stream `predict`."""
+        """(n, obs_dim) float observations -> actions as `explore` has them; noise from the stream `predict`."""
         raise NotImplementedError
 
     def share(self, field: str) -> int:
@@ -420,7 +422,7 @@ class ControlTrainer(Trainer):
     def _step_environments(self) -> tuple[int, bool]:
         """Step this process's environments; returns how many transitions that made, and whether none is stored yet."""
         config, adapter = self.config, self.env
-        if self.clock < config.learning_starts:
+        if isinstance(config, OffPolicyConfig) and self.clock < config.learning_starts:
             shape = (adapter.num_envs, self.action_dim)
             columns = {"action": torch.rand(shape, generator=self.rng["warmup"], device=self.device) * 2 - 1}
         else:
@@ -557,8 +559,11 @@ class ControlTrainer(Trainer):
         n = None if single else len(_leaf(self.observation_space, observation)[0])
         flat = np.atleast_2d(flatten_obs(self.observation_space, _as_arrays(observation), n))
         with torch.no_grad():
-            action = self.act(torch.from_numpy(np.ascontiguousarray(flat)).to(self.device), deterministic).float().cpu()
-        actions = self.scale.to_env(action.numpy()) if self.scale is not None else action.numpy()
+            action = self.act(torch.from_numpy(np.ascontiguousarray(flat)).to(self.device), deterministic).cpu()
+        if self.scale is not None:
+            actions = self.scale.to_env(action.float().numpy())
+        else:
+            actions = action.numpy() + self.action_space.start
         return (actions[0] if single else actions), state
 
     def make_eval_env(self) -> Callable[[], gym.Env] | None:

@@ -130,10 +130,20 @@ class Adam:
         self.correct_bias()
 
 
-def descend(optimizer: Adam, loss: Tensor, average: Average | None = None) -> Tensor:
+def descend(
+    optimizer: Adam,
+    loss: Tensor,
+    average: Average | None = None,
+    *,
+    max_norm: float | None = None,
+    skip: Tensor | None = None,
+) -> Tensor:
     """One step of `optimizer` on the scalar `loss`; returns the gradient's norm, a scalar.
 
-    `average` makes gradients those of the mean of the losses of all processes; see `Processes.average`.
+    Args:
+        average: makes gradients those of the mean of the losses of all processes; see `Processes.average`.
+        max_norm: to which the gradient is cut, as by `torch.nn.utils.clip_grad_norm_`; the norm returned is the whole.
+        skip: a scalar; no step is taken where it is true.
 
     Gradients flow to the optimiser's own parameters alone, so an actor loss that runs through a critic leaves the
     critic without gradients. If the norm is not finite, weights and optimiser state stay as they were, and the caller
@@ -143,7 +153,11 @@ def descend(optimizer: Adam, loss: Tensor, average: Average | None = None) -> Te
     if average is not None:  # a loss that is not finite has to show in all processes, whatever its gradients are
         grads = average([grads[0] + 0.0 * loss.detach(), *grads[1:]])
     norm = _norm(grads)
-    optimizer.take_step(grads, torch.isfinite(norm))
+    if max_norm is not None:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        grads = [grad * scale for grad in grads]
+    finite = torch.isfinite(norm)
+    optimizer.take_step(grads, finite if skip is None else finite & ~skip)
     return norm
 
 

@@ -50,6 +50,8 @@ def tiny_fields(name: str, **fields: Any) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(cls.Config)}
     task = {k: v for k, v in cls.default_task.items() if k != "steps"}
     values = {**task, "preset": None, **TINY, **TINY_LANGUAGE}
+    if "n_epochs" in known:  # of rollouts
+        values |= {"n_steps": 12, "n_epochs": 2, "n_envs": 1, "policy_kwargs": {"net_arch": [8, 8]}}
     if getattr(cls, "task_type", None) == "SEQ_CLS":
         del values["eval_samples"]  # a classifier samples nothing, and refuses to be asked
     return {k: v for k, v in {**values, **fields}.items() if k in known}

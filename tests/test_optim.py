@@ -65,6 +65,36 @@ def test_descend_is_a_step_of_adam() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+def test_gradients_are_cut_as_pytorch_does(max_norm: float) -> None:
+    ours = MLP([3, 8, 1])
+    theirs = copy.deepcopy(ours)
+    optimizer, peer = Adam(ours.parameters(), 0.01, eps=1e-5), torch.optim.Adam(theirs.parameters(), 0.01, eps=1e-5)
+    for seed in range(5):
+        norm = descend(optimizer, loss_of(ours, seed), max_norm=max_norm)
+        peer.zero_grad()
+        loss_of(theirs, seed).backward()
+        whole = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+        peer.step()
+        torch.testing.assert_close(norm, whole)
+        assert float(whole) > 0.05
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_may_be_left_out() -> None:
+    net, plain = MLP([3, 8, 1]), MLP([3, 8, 1])
+    plain.load_state_dict(net.state_dict())
+    optimizer, peer = Adam(net.parameters(), 0.01), Adam(plain.parameters(), 0.01)
+    for seed, skip in enumerate((False, True, False)):
+        norm = descend(optimizer, loss_of(net, seed), skip=torch.tensor(skip))
+        assert norm > 0
+        if not skip:
+            descend(peer, loss_of(plain, seed))
+    assert float(optimizer.step) == 2
+    assert all(map(torch.equal, net.parameters(), plain.parameters()))
+
+
 def test_descend_leaves_other_gradients_alone() -> None:
     """An actor's loss runs through the critic: the critic gets no gradient, and keeps the one that it had."""
     actor, critic = nn.Linear(3, 2), nn.Linear(2, 1)

@@ -12,6 +12,20 @@ TRAINERS: dict[str, Entry] = {
         data="Box-action environments, online",
         actions=("Box",),
     ),
+    "pmoe": Entry(
+        target="rlkit.trainers.pmoe:PMOE",
+        paper="Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning, arXiv:2104.09122",
+        status="reconstructed",
+        data="Box-action environments, online",
+        actions=("Box",),
+    ),
+    "pmoe_ppo": Entry(
+        target="rlkit.trainers.pmoe_ppo:PMOEPPO",
+        paper="Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning, arXiv:2104.09122",
+        status="reconstructed",
+        data="Box-action environments, online; with one expert (PPO) also Discrete ones",
+        actions=("Box", "Discrete"),
+    ),
     "sft": Entry(
         target="rlkit.trainers.sft:SFT",
         paper="Training language models to follow instructions with human feedback, arXiv:2203.02155",
