@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_STEPS ?= 12000
+PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint copy types package bench clean
@@ -33,7 +34,7 @@ demo: install
 	echo "learning curve: $$($(BIN)/rlkit plot $$run)"
 
 test: lint types package
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -165,7 +165,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         label = f"{task}, {seeds} seeds" if seeds > 1 else f"{task}, n=1, no interval"
         axis.set(title=label, xlabel="environment steps", ylabel="return, 10 episodes")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(frameon=False)
+    max(axes[0], key=lambda axis: len(axis.lines)).legend(frameon=False)  # the panel with all sides
     canvas.suptitle("mean over seeds, 95 % interval", fontsize=10)
     canvas.tight_layout()
     canvas.savefig(path, dpi=110)

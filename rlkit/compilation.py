@@ -27,9 +27,9 @@ from torch.torch_version import TorchVersion
 from rlkit import processes
 from rlkit.cache import cache_folder
 
-PAYS = 30_000
-"""Updates from which `auto` compiles on a CPU. `rlkit bench sac-speed` measures after how many the time of compiling is
-won back."""
+PAYS = 20_000
+"""Updates from which `auto` compiles on a CPU: more than those after which the time of compiling is won back, which
+`rlkit bench sac-speed` measures on large and on small networks."""
 
 
 def worthwhile(mode: Literal["auto", "on", "off"], device: torch.device, updates: float) -> bool:
