@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from helpers import StopAt, close, fingerprint
+from helpers import NOTHING_DROPPED, StopAt, close, fingerprint
 
 import rlkit
 from rlkit import checkpoint
@@ -39,13 +39,15 @@ CASES: dict[str, dict[str, Any]] = {
         "policy_kwargs": {"net_arch": [32, 32], "n_critics": 3}, "target_critics": 2, "actor_critics": "mean",
         "policy_delay": 2,
     },
+    "experts": {"trainer": "PMOE", "n_experts": 3, "entropy": "mixture"},
 }  # fmt: skip
 
 STEPS = 60  # rows of a normalised reward, in `stepped`
 
 
 def sac(env: Any = "Pendulum-v1", **fields: Any) -> Any:
-    return rlkit.SAC(env, **{**SMALL, **fields})
+    """SAC, or the `trainer` that is named."""
+    return getattr(rlkit, fields.pop("trainer", "SAC"))(env, **{**SMALL, **fields})
 
 
 def weights(agent: Any) -> dict[str, torch.Tensor]:
@@ -78,13 +80,16 @@ def updated(case: str) -> dict[str, Any]:
             "discount": torch.full((n,), 0.99),
         }
         noise = {name: torch.randn(n, 1, generator=draw)[mine] for name in ("actor", "next")}
+        if hasattr(agent, "experts"):
+            noise["actor"] = torch.randn(n, agent.experts, 1, generator=draw)[mine]
+            noise |= {name: torch.rand(n, generator=draw)[mine] for name in ("next_expert", "expert")}
         order = torch.randperm(critics, generator=draw)
         if agent.config.target_critics is not None:
             noise["subset"] = order[: agent.config.target_critics]
         part = {name: column[mine] for name, column in batch.items()}
         agent.normalizer.update(group.rows(part["obs"].double(), n))
         delayed = i % agent.config.policy_delay == agent.config.policy_delay - 1
-        metrics = agent._step(part, noise, update_actor=delayed, update_target=True)
+        metrics = agent._step(part, noise, NOTHING_DROPPED, update_actor=delayed, update_target=True)
         means.append(group.mean({name: float(value) for name, value in metrics.items()}))
     optimizers = agent.critic_optimizer, agent.actor_optimizer, agent.temperature_optimizer
     moments = [moment for optimizer in optimizers for moment in optimizer.exp_avg]
@@ -290,6 +295,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "gradient_steps": -1, "train_freq": 4,
     },
     "worker processes": {"n_envs": 2, "vectorization_mode": "async"},
+    "experts": {"trainer": "PMOE", "n_experts": 3, "router_grad": "gumbel"},
 }  # fmt: skip
 
 

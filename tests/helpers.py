@@ -30,6 +30,9 @@ TINY: dict[str, Any] = {
 }
 """Fields for runs of a second of control trainers; those that one does not have are left out."""
 
+NOTHING_DROPPED: dict[str, list[Any]] = {"target": [], "critic": [], "actor": []}
+"""Masks of an update of `SAC` without dropout."""
+
 TINY_LANGUAGE: dict[str, Any] = {
     "letters": {
         "supervised_steps": 20,

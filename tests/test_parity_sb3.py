@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from helpers import NOTHING_DROPPED
 from stable_baselines3 import SAC as SB3SAC
 from stable_baselines3.common.buffers import ReplayBufferSamples
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -108,7 +109,7 @@ def sb3_update(theirs: SB3SAC, batch: dict[str, torch.Tensor]) -> dict[str, floa
 
 def test_losses_and_one_update_equal_sb3s(pair) -> None:
     theirs, ours, batch, noise = pair
-    metrics = ours._step(batch, noise, update_actor=True, update_target=True)
+    metrics = ours._step(batch, noise, NOTHING_DROPPED, update_actor=True, update_target=True)
     logged = sb3_update(theirs, batch)
     for name in ("critic_loss", "actor_loss", "ent_coef_loss", "ent_coef"):
         assert float(metrics[f"train/{name}"]) == pytest.approx(logged[f"train/{name}"], rel=2e-5), name
@@ -127,7 +128,7 @@ def test_the_update_moved_everything(pair) -> None:
     before = {
         part: [p.clone() for p in getattr(ours, part).parameters()] for part in ("actor", "critic", "critic_target")
     }
-    ours._step(batch, noise, update_actor=True, update_target=True)
+    ours._step(batch, noise, NOTHING_DROPPED, update_actor=True, update_target=True)
     for part, old in before.items():
         moved = max(
             float((a - b).detach().abs().max()) for a, b in zip(old, getattr(ours, part).parameters(), strict=True)

@@ -95,6 +95,8 @@ def test_ten_steps_of_sgd(loss: str, folder: str, tmp_path: Path) -> None:
             "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
             "logps/chosen", "logps/rejected",
         ):  # fmt: skip
+            if key == "rewards/accuracies" and mine["step"] == 1:
+                continue  # policy and reference are the same model: all rewards are 0 up to rounding, which decides
             assert mine[key] == pytest.approx(other[key], rel=2e-4, abs=2e-4), f"{key} at step {mine['step']}"
 
 
