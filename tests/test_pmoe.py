@@ -269,6 +269,20 @@ def test_rows_draw_their_experts_for_themselves() -> None:
     assert (means > 0.5).float().mean().item() == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 4000))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("router_grad", ESTIMATORS)
+def test_a_compiled_run_is_the_eager_one_up_to_rounding(router_grad: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Fixed experts far apart, so that rounding does not change which one is the best."""
+    fields = {**SMALL, "n_experts": 3, "router_grad": router_grad, "entropy": "mixture", "expert_init_spread": 2.0}
+    eager, compiled = (PMOE("Pendulum-v1", compile=how, **fields).learn(40) for how in ("off", "on"))
+    said = capfd.readouterr().err
+    assert "compiled `step`" in said
+    assert "compile failed" not in said
+    for name in ("actor", "critic", "critic_target", "log_alpha"):
+        for a, b in zip(getattr(eager, name).parameters(), getattr(compiled, name).parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_experts_begin_apart_where_asked() -> None:
     plain, spread = (PMOE("Pendulum-v1", expert_init_spread=s, **SMALL).actor for s in (0.0, 0.5))
     moved = (spread.head.bias - plain.head.bias).detach().view(4, 2)

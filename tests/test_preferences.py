@@ -753,7 +753,7 @@ def test_a_bad_row_names_its_line(tmp_path: Path) -> None:
         ("a.json", b'{"rows": [1, 2]}', "found `rows`"),
         ("a.json", b"[\n\xff]", "a.json line 2: not UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot be read (BadGzipFile"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 9)[:-12], "cannot be read (EOFError"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 9, mtime=0)[:-12], "cannot be read (EOFError"),
         ("a.parquet", b"PAR1 nothing", "not a parquet file"),
         ("a.csv", b"prompt,chosen\n", "does not end in one of"),
     ],
