@@ -68,8 +68,7 @@ class ObstacleReach(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             reward, terminated = -10.0, True
         else:
             reward, terminated = 0.1 * float(np.linalg.norm(self.velocity)), False
-        info = self._info(reached) if terminated else self._info(False)
-        return self._observation(), reward, terminated, False, info
+        return self._observation(), reward, terminated, False, self._info(reached)
 
     def _info(self, reached: bool) -> dict[str, Any]:
         return {"is_success": reached, "side": self.side}

@@ -75,7 +75,8 @@ def tanh_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor,
     """
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return torch.tanh(u), (log_normal - tanh_log_det(u)).sum(-1)
+    log_det = tanh_log_det(u)
+    return torch.tanh(u), (log_normal - log_det).sum(-1)
 
 
 def tanh_log_det(u: Tensor) -> Tensor:
