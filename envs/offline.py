@@ -468,7 +468,8 @@ def check_id(dataset_id: str) -> str:
     match = DATASET_ID_RE.fullmatch(dataset_id)
     if match is None or match.group("version") is None:
         raise UserError(
-            f"`{dataset_id}` is no id of a Minari dataset; expected (namespace/)name-vN, such as `hopper/medium-v0`"
+            f"`{dataset_id}` is no id of a Minari dataset; expected namespace/name-vN, such as `hopper/medium-v0`, or "
+            "name-vN (letters, digits, - and _; at least two of them before a /)"
         )
     return dataset_id
 
