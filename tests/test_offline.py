@@ -560,6 +560,7 @@ def test_bands_by_hand() -> None:
     assert middle.rows["episode"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert dataset.band(70, 100).returns.tolist() == [9, 7, 8]
     assert dataset.band(0, 100) is dataset
+    assert dataset.in_band(30, 70).tolist() == [True, False, False, True, True, False, False, False, False, True]
     assert middle.notes[-1] == "band 30 to 70 of the returns: 4 of 10 episodes, returns 3 to 7"
 
 
