@@ -133,30 +133,6 @@ class Dataset:
         count = f"{len(returns):,} of {len(inside):,} episodes, returns {returns.min():.6g} to {returns.max():.6g}"
         return self.take(np.flatnonzero(inside), f"band {low:g} to {high:g} of the returns: {count}")
 
-    def in_band(self, low: float, high: float) -> NDArray[np.bool_]:
-        """(episodes,) bool: which lie from percentile `low` up to `high` of the returns.
-
-        An episode's percentile is 100 (rank + 1/2) / n, ranks from 0 in the order of returns; equal returns keep the
-        order of the episodes. `low` itself belongs to the band and `high` does not, so that bands that meet share no
-        episode.
-
-        Raises:
-            UserError: not 0 <= low < high <= 100, or no episode lies there.
-        """
-        if not 0 <= low < high <= 100:
-            raise UserError(f"band: got {low:g} to {high:g}; expected 0 <= low < high <= 100")
-        returns = self.returns
-        n = len(returns)
-        percentile = np.empty(n)
-        percentile[np.argsort(returns, kind="stable")] = 100 * (np.arange(n) + 0.5) / n
-        inside = (low <= percentile) & (percentile < high)
-        if not inside.any():
-            steps = "is at percentile 50" if n == 1 else f"are {100 / n:.3g} percentiles apart, from {50 / n:.3g} on"
-            raise UserError(
-                f"{self.source}: no episode lies in the band {low:g} to {high:g}; its {n:,} {steps}: give a wider band"
-            )
-        return inside
-
     def fingerprint(self) -> str:
         """Hash of the content: names, dtypes, shapes and bytes of all rows; nothing else counts."""
         digest = hashlib.blake2b(digest_size=16)
