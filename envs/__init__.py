@@ -18,7 +18,8 @@ import gymnasium as gym
 from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 
-import rlkit.envs.obstacles  # noqa: F401 (registers its task with gymnasium)
+import rlkit.envs.coordination
+import rlkit.envs.obstacles  # noqa: F401 (both register their tasks with gymnasium)
 from rlkit.envs.given import GymVectorAdapter, SB3Adapter
 from rlkit.envs.own import TrackedAdapter
 from rlkit.envs.spaces import (

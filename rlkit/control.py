@@ -471,7 +471,11 @@ class ControlTrainer(Trainer):
                     part.learning_rate = self.learning_rate
 
     def planned_updates(self) -> float:
-        config, steps = self.config, self.target - max(self.clock, self.config.learning_starts)
+        return self.planned_online(self.config.learning_starts)
+
+    def planned_online(self, start: int) -> float:
+        """Updates for the steps of the environments from `start` on."""
+        config, steps = self.config, max(0, self.target - max(self.clock, start))
         if config.gradient_steps < 0:
             return steps
         return steps / (self.n_envs * self.processes.size * config.train_freq) * config.gradient_steps

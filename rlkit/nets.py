@@ -95,6 +95,16 @@ def use_library(module: nn.Module, library: Library) -> None:
             layer.library = library
 
 
+@torch.no_grad()
+def orthogonal_(module: nn.Module, gain: float) -> None:
+    """Orthogonal weights times `gain`, zero biases, in all linear layers of `module`, member by member."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | EnsembleLinear):
+            for weight in layer.weight if layer.weight.dim() == 3 else [layer.weight]:
+                nn.init.orthogonal_(weight, gain)
+            nn.init.zeros_(layer.bias)
+
+
 class EnsembleLayerNorm(nn.Module):
     """Layer normalisation with separate scale and shift for each of N members: (N, B, width) -> same."""
 

@@ -26,6 +26,21 @@ TRAINERS: dict[str, Entry] = {
         data="Box-action environments, online; with one expert (PPO) also Discrete ones",
         actions=("Box", "Discrete"),
     ),
+    "arsq": Entry(
+        target="rlkit.trainers.arsq:ARSQ",
+        paper="Learning from Suboptimal Data in Continuous Control via Auto-Regressive Soft Q-Network, "
+        "arXiv:2502.00288",
+        status="reconstructed",
+        data="Box-action environments, online, recorded transitions, or both",
+        actions=("Box",),
+    ),
+    "cqn": Entry(
+        target="rlkit.trainers.cqn:CQN",
+        paper="Continuous Control with Coarse-to-fine Reinforcement Learning, arXiv:2407.07787",
+        status="variant",
+        data="Box-action environments, online, recorded transitions, or both",
+        actions=("Box",),
+    ),
     "sft": Entry(
         target="rlkit.trainers.sft:SFT",
         paper="Training language models to follow instructions with human feedback, arXiv:2203.02155",

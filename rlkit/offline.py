@@ -1,0 +1,272 @@
+"""OfflineTrainer: what control trainers share that learn from recorded transitions, alone or beside an environment.
+
+`data` names a recording (see `rlkit.envs.offline`), or a function that makes one. It is read once, checked against the
+environment, and stays beside the replay buffer: own transitions never overwrite recorded ones, and checkpoints hold a
+fingerprint of it instead of a copy, which a resumed run compares.
+
+The budget is one clock. Its first `offline_steps` are updates from the data alone; the others are steps of the
+environments, with the updates due for them. `offline_steps: all` never steps an environment: offline learning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import annotated_types as limits
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkit import processes
+from rlkit.buffer import RolloutBuffer
+from rlkit.config import Whole
+from rlkit.control import ControlTrainer, OffPolicyConfig
+from rlkit.envs import offline
+from rlkit.envs.offline import Dataset
+from rlkit.errors import UserError
+from rlkit.trainer import Batch
+
+Percentile = Annotated[float, limits.Interval(ge=0, le=100)]
+Band = tuple[Percentile, Percentile]
+"""Percentiles of the returns of recorded episodes, (0, 100) for all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig(OffPolicyConfig):
+    """Recorded transitions, and what is done with them."""
+
+    data: str | None = None
+    """Recorded transitions: `.npz`, HDF5 in D4RL's form, a Minari folder, `minari:ID`, or `module:function`, which
+    returns one of them or arrays. None learns from the environment alone."""
+    data_band: Band = (0.0, 100.0)
+    """Which recorded episodes are learned from at all: percentiles of their returns."""
+    offline_steps: Whole | Literal["all"] = 0
+    """Updates from the data alone before the first step of the environments; part of the budget. `all`: the
+    environments serve evaluation only, and `--steps` counts updates."""
+
+
+class OfflineTrainer(ControlTrainer):
+    """Base of control trainers that can learn from a recording.
+
+    Args:
+        env: as of `ControlTrainer`; without one, the environment that the recording names.
+        data: what the field `data` can name, or arrays by name, a Minari dataset, or a `Dataset`.
+
+    A subclass calls `open_data` at the end of `build`.
+    """
+
+    Config: ClassVar[type[OfflineConfig]] = OfflineConfig
+    task_fields = ("env", "data")
+
+    data: RolloutBuffer | None
+    """Recorded transitions, in the columns of `buffer`; None without `data`, and in a trainer loaded to predict."""
+
+    def __init__(
+        self,
+        env: Any = None,
+        *args: Any,
+        data: Any = None,
+        config: Any = None,
+        saved: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
+        named = data is None or isinstance(data, str | Path)
+        if data is not None and config is None:
+            fields["data"] = str(data) if named else f"<{type(data).__name__}>"
+        self._given = None if named else data
+        self._recorded: Dataset | None = None
+        self._fresh = saved is None
+        self._saved_data: Mapping[str, Any] | None = None
+        self._any_data = False
+        self._about_data: dict[str, str] = {}
+        source = fields.get("data") if config is None else getattr(config, "data", None)
+        env_given = env is not None or (fields.get("env") if config is None else getattr(config, "env", None))
+        if self._fresh and source is not None and not env_given:
+            self._recorded = self._recording(source)
+            if self._recorded.env_id is None:
+                raise UserError(f"`env`: {source} does not say which environment it is of; give one")
+            if config is None:
+                fields["env"] = self._recorded.env_id
+            else:
+                config = replace(config, env=self._recorded.env_id)
+        super().__init__(env, *args, config=config, saved=saved, **fields)
+
+    @classmethod
+    def is_object(cls, key: str, value: Any) -> bool:
+        if key == "data":
+            return value is not None and not isinstance(value, str | Path)
+        return super().is_object(key, value)
+
+    @classmethod
+    def _from_checkpoint(cls, path: Path, *, allow_changes: bool = False, **given: Any) -> Self:
+        self = super()._from_checkpoint(path, allow_changes=allow_changes, **given)
+        self._any_data = allow_changes
+        return self
+
+    # Reading
+
+    def open_data(self, bands: Mapping[str, Band] | None = None) -> None:
+        """Read the recording now, or, of a loaded trainer, before it learns on.
+
+        Args:
+            bands: name -> percentiles of returns, among the episodes of `data_band`; see `band`.
+
+        Raises:
+            UserError: it cannot be read, does not fit the environment, or options that do not fit each other.
+        """
+        config: OfflineConfig = self.config
+        self.data, self._bands = None, dict(bands or {})
+        self._rows: dict[str, Tensor] = {}
+        if config.data is None:
+            if config.offline_steps != 0:
+                raise UserError(f"`offline_steps`: got {config.offline_steps}, and there is no `data` to learn from")
+            return
+        if config.n_steps > 1:
+            raise UserError(f"`n_steps`: got {config.n_steps}; of recorded transitions there are single steps alone")
+        if self._fresh:
+            self._load_data()
+
+    def _recording(self, source: str) -> Dataset:
+        if self._given is not None:
+            return self._given if isinstance(self._given, Dataset) else offline.read(self._given)
+        if source.startswith("<"):
+            raise UserError(
+                f"this run learned from Python data, {source}: pass it again, "
+                f"{type(self).__name__}.load(folder, data=...)"
+            )
+        module, _, name = source.partition(":")
+        if not name or module == "minari" or Path(source).exists():
+            return offline.read(source)
+        try:
+            made = getattr(importlib.import_module(module), name)()
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"`data`: {source}: {error}") from error
+        return made if isinstance(made, Dataset) else replace(offline.read(made), source=source)
+
+    def _load_data(self) -> None:
+        config: OfflineConfig = self.config
+        dataset = self._recorded or self._recording(str(config.data))
+        self._recorded = None
+        offline.check_spaces(dataset, self.observation_space, self.action_space)
+        found = {"fingerprint": dataset.fingerprint(), "transitions": len(dataset)}
+        saved = self._saved_data
+        if saved is not None and saved != found and not self._any_data:
+            raise UserError(
+                f"`data`: {config.data} is not what this run has learned from so far: {len(dataset):,} transitions, "
+                f"fingerprint {found['fingerprint']}, and before {saved['transitions']:,}, {saved['fingerprint']}. "
+                "Use `allow_changes=True` (`--allow-changes`) to go on with it."
+            )
+        self._saved_data = found
+        dataset = offline.clip_actions(dataset, self.action_space).band(*config.data_band)
+        if self._fresh:
+            for note in dataset.notes:
+                processes.say(f"data: {note}")
+        rows = dataset.rows
+        n = len(dataset)
+        columns = {name: rows[name] for name in ("obs", "next_obs", "terminated", "truncated")}
+        columns["action"] = rows["action"] if self.scale is None else self.scale.from_env(rows["action"])
+        columns["reward"] = self._rewarded(rows, columns["action"]).astype(np.float32)
+        columns["discount"] = np.full(n, config.gamma, np.float32)
+        fields = self.transition_fields()
+        self.data = RolloutBuffer(n, fields, self.device, name="data")
+        self.data.add({name: columns[name] for name in fields})
+        if config.normalize_obs and self._fresh:
+            self.normalizer.update(self.data["obs"])
+        self._describe_band("", dataset)
+        for name, band in self._bands.items():
+            inside = dataset.in_band(*band)
+            ids = np.flatnonzero(inside[rows["episode"]])
+            self._rows[name] = torch.from_numpy(ids).to(self.device)
+            self._describe_band(name, dataset, inside)
+
+    def _rewarded(self, rows: Mapping[str, Any], action: Any) -> Any:
+        """Rewards of recorded transitions after the run's reward modules."""
+        if not self.reward.modules:
+            return rows["reward"]
+        stateful = [
+            spec for spec, m in zip(self._reward_specs, self.reward.modules, strict=True) if hasattr(m, "state_dict")
+        ]
+        if stateful:
+            raise UserError(
+                f"`reward`: {stateful[0]} depends on what was collected before, so recorded rewards would have another "
+                "scale; use one without a memory, such as `scale=0.1`"
+            )
+        return self.reward(
+            {
+                "rewards": rows["reward"], "observations": rows["obs"], "actions": action,
+                "next_observations": rows["next_obs"], "terminated": rows["terminated"],
+                "truncated": rows["truncated"], "env": np.zeros(len(rows["reward"]), np.int64),
+            }
+        )  # fmt: skip
+
+    def _describe_band(self, name: str, dataset: Dataset, inside: Any = slice(None)) -> None:
+        returns, lengths = dataset.returns[inside], dataset.lengths[inside]
+        self._about_data[name] = (
+            f"{name or 'data'}: {int(lengths.sum()):,} transitions of {len(returns):,} episodes, returns "
+            f"{returns.min():.1f} to {returns.max():.1f}, mean {returns.mean():.1f}"
+        )
+
+    def before_learning(self) -> None:
+        super().before_learning()
+        if self.data is None and self.config.data is not None:
+            self._load_data()
+
+    # Learning
+
+    def collect(self) -> int:
+        if self.offline:
+            self.owed += 1
+            return 1
+        return super().collect()
+
+    @property
+    def offline(self) -> bool:
+        """Whether the next step of the clock is an update from the data alone."""
+        steps = self.config.offline_steps
+        return steps == "all" or self.clock < steps
+
+    def planned_updates(self) -> float:
+        steps = self.target if self.config.offline_steps == "all" else min(self.config.offline_steps, self.target)
+        return max(0, steps - self.clock) + self.planned_online(max(steps, self.config.learning_starts))
+
+    def experience(self, n: int, generator: torch.Generator) -> Batch:
+        """`n` rows, drawn uniformly with replacement from recorded and own transitions together."""
+        if self.data is None:
+            return self.buffer.sample(n, generator)
+        ids = torch.randint(len(self.data) + len(self.buffer), (n,), generator=generator, device=self.device)
+        recorded = ids < len(self.data)
+        parts = self.data.rows(ids[recorded]), self.buffer.rows(ids[~recorded] - len(self.data))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def band(self, name: str, n: int, generator: torch.Generator) -> Batch:
+        """`n` recorded rows of the band `name`, drawn uniformly with replacement."""
+        assert self.data is not None
+        ids = self._rows[name]
+        return self.data.rows(ids[torch.randint(len(ids), (n,), generator=generator, device=self.device)])
+
+    def with_demonstrations(self, fraction: float) -> Batch:
+        """`batch_size` rows, `fraction` of them of the band `demonstrations`, with `demo` True, and those first."""
+        size = self.config.batch_size
+        n = round(size * fraction) if self.data is not None else 0
+        parts = [self.band("demonstrations", n, self.rng["demonstrations"])] if n else []
+        parts += [self.experience(size - n, self.rng["sample"])] if n < size else []
+        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {**batch, "demo": torch.arange(size, device=self.device) < n}
+
+    def describe(self) -> str:
+        return "\n".join([super().describe(), *self._about_data.values()])
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        files = super().state()
+        files["state"]["data"] = self._saved_data
+        return files
+
+    def load_state(self, files: Mapping[str, Any]) -> None:
+        super().load_state(files)
+        self._saved_data = files["state"]["data"]
