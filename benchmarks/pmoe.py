@@ -1,14 +1,21 @@
 """PMOE's claims: learning and modes against SAC, PPO and other ways to train a router.
 
-Every run is a process of its own with one thread, two at a time; all sides have the same hyperparameters but for what
-their name says. The curve's area is the mean of the evaluations' mean returns over steps (deterministic policies, ten
-episodes each), so it has the unit of a return.
+Every run is a process of its own with one thread, one at a time. All sides of a family (SAC's, PPO's) have the same
+hyperparameters but for what their name says; networks and batches are small, so that five seeds fit into two hours.
+
+Area: the mean over the run of ten evaluations' mean returns, so it has the unit of a return. Given are interquartile
+means over seeds with 95 % bootstrap intervals (percentiles of 10,000 resamples of the seeds). Evaluations are of
+deterministic policies (PMOE's takes the mean of the expert of the largest weight), five episodes each; in
+`rlkit/ObstacleReach-v0`, where those would be one episode five times, of the policies with their noise, ten each.
 
 Modes: after training, 100 episodes of the policy with its noise in `rlkit/ObstacleReach-v0`, which has two ways round
 an obstacle. Reported are the share of episodes that reach the goal, and among these the share of the rarer side: 0.5 is
-both ways equally often, 0 one way only.
+both ways equally often, 0 one way only. All sides learn this task with the reward module that pays for coming nearer to
+the goal (`rlkit.envs.obstacles.approach`), and SAC's family by sums over five steps; without these none reaches the
+goal. Returns are in the task's own reward.
 
-Speed: seconds of an update of PMOE with four experts as a multiple of SAC's, in turns in one process each.
+Speed: seconds of an update of PMOE with four experts as a multiple of SAC's, with SAC's default networks and batch, in
+turns in a process each.
 """
 
 from __future__ import annotations
@@ -18,23 +25,23 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import common
 import numpy as np
-from common import RESULTS, append, interval, machine, read, table
+from common import RESULTS, append, machine, read, table
+from scipy import stats
 
 PACKAGES = ("rlkit-trainers", "torch", "gymnasium", "mujoco", "numpy")
-OBSTACLES = "rlkit/ObstacleReach-v0"
-SEEDS, EPISODES = 5, 100
+OBSTACLES, CHEETAH, HOPPER = "rlkit/ObstacleReach-v0", "HalfCheetah-v5", "Hopper-v5"
+SEEDS, EPISODES, POINTS = 5, 100, 10
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "SAC": ("sac", {}),
     "PMOE": ("pmoe", {}),
-    "PMOE, apart at first": ("pmoe", {"expert_init_spread": 0.5}),
-    "cross-entropy": ("pmoe", {"freq_loss": "ce"}),
+    "PMOE, apart at first": ("pmoe", {"expert_init_spread": 1.0}),
     "all experts": ("pmoe", {"router_grad": "all"}),
     "exact sum": ("pmoe", {"router_grad": "exact", "entropy": "mixture"}),
     "score function": ("pmoe", {"router_grad": "score", "entropy": "mixture"}),
@@ -44,70 +51,131 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "PMOE-PPO": ("pmoe_ppo", {"n_experts": 4}),
 }
 ON_POLICY = ("PPO", "PMOE-PPO")
+MAIN = ("SAC", "PMOE", "PMOE, apart at first", *ON_POLICY)
+DRAWN = MAIN[:3]
+"""Sides whose ways are drawn."""
 TASKS: dict[str, dict[str, Any]] = {
-    OBSTACLES: {"steps": 50_000, "on_policy": 200_000, "sides": tuple(SIDES), "learning_starts": 2_000},
-    "HalfCheetah-v5": {"steps": 50_000, "on_policy": 200_000, "sides": ("SAC", "PMOE", *ON_POLICY)},
-    "Hopper-v5": {"steps": 50_000, "on_policy": 200_000, "sides": ("SAC", "PMOE", *ON_POLICY)},
-}
-POINTS = 10
+    OBSTACLES: {
+        "steps": 30_000, "on_policy": 100_000, "net": (64, 64), "learning_starts": 2_000, "n_steps": 5,
+        "reward": ("rlkit.envs.obstacles:approach", "scale=0.1"),
+    },
+    CHEETAH: {"steps": 20_000, "on_policy": 60_000, "net": (128, 128), "learning_starts": 1_000},
+    HOPPER: {"steps": 20_000, "on_policy": 60_000, "net": (128, 128), "learning_starts": 1_000},
+}  # fmt: skip
+PHASES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    ((OBSTACLES,), MAIN),
+    ((CHEETAH, HOPPER), ("SAC", "PMOE", *ON_POLICY)),
+    ((OBSTACLES,), tuple(side for side in SIDES if side not in MAIN)),
+)
+"""Tasks and sides in the order in which they run, each with all seeds."""
 
 
 def agent_of(side: str, task: str, seed: int, compile: str) -> Any:
     import rlkit
 
     name, fields = SIDES[side]
+    setting = TASKS[task]
     fields = {**fields, "seed": seed, "device": "cpu", "eval_episodes": 0}
     if name == "pmoe_ppo":
-        return rlkit.PMOEPPO(task, normalize_obs=True, reward="normalize", compile="off", **fields)
-    cls = rlkit.SAC if name == "sac" else rlkit.PMOE
-    return cls(task, learning_starts=TASKS[task].get("learning_starts", 100), compile=compile, **fields)
+        reward = (*setting.get("reward", ())[:1], "normalize")
+        return rlkit.PMOEPPO(task, normalize_obs=True, reward=reward, compile="off", **fields)
+    fields |= {key: setting[key] for key in ("learning_starts", "n_steps", "reward") if key in setting}
+    fields |= {"policy_kwargs": {"net_arch": setting["net"]}, "batch_size": 128, "compile": compile}
+    return (rlkit.SAC if name == "sac" else rlkit.PMOE)(task, **fields)
 
 
 def run_one(task: str, side: str, seed: int, steps: int, out: Path) -> None:
-    """Train one agent, evaluating it on the way; append a row to `out`."""
+    """Train one agent, evaluating it on the way; append a row to `out`, and of some sides their ways beside it."""
     import gymnasium as gym
     import torch
 
     from rlkit.evaluate import evaluate
 
     torch.set_num_threads(1)
-    agent, returns, began = agent_of(side, task, seed, "on" if steps > 20_000 else "off"), [], time.perf_counter()
+    agent = agent_of(side, task, seed, "on" if steps > 10_000 else "off")
+    noisy = task == OBSTACLES
+    returns, spent = [], 0.0
     for _ in range(POINTS):
+        began = time.perf_counter()
         agent.learn(steps // POINTS)
-        result = evaluate(agent, lambda: gym.make(task), 10, seed=seed)
+        spent += time.perf_counter() - began
+        result = evaluate(agent, lambda: gym.make(task), 10 if noisy else 5, seed=seed, deterministic=not noisy)
         assert result is not None
         returns.append(round(result.mean, 3))
     row: dict[str, Any] = {"task": task, "side": side, "seed": seed, "steps": steps}
     row |= {"returns": " ".join(map(str, returns)), "area": round(float(np.mean(returns)), 3), "final": returns[-1]}
-    below, above = modes(agent, seed) if task == OBSTACLES else (-1, -1)
-    append(
-        out,
-        [{**row, "below": below, "above": above, "seconds": round(time.perf_counter() - began), **machine(PACKAGES)}],
-    )
+    row["below"], row["above"] = modes(agent, seed) if task == OBSTACLES else (-1, -1)
+    append(out, [{**row, "training_seconds": round(spent, 1), **machine(PACKAGES)}])
+    if task == OBSTACLES and side in DRAWN:
+        append(out.with_name(out.name.replace("pmoe", "pmoe-trajectories")), ways(agent, side, seed))
 
 
 def modes(agent: Any, seed: int) -> tuple[int, int]:
     """Of `EPISODES` noisy episodes, those that reached the goal on either side of the obstacle."""
     import gymnasium as gym
 
-    env = gym.make(OBSTACLES)
-    sides: list[int] = []
-    for episode in range(EPISODES):
-        obs, info = env.reset(seed=seed * EPISODES + episode)
-        over = False
-        while not over:
-            obs, _, terminated, truncated, info = env.step(agent.predict(obs)[0])
-            over = terminated or truncated
-        sides += [info["side"]] * bool(info["is_success"])
-    return sides.count(-1), sides.count(1)
+    from rlkit.evaluate import evaluate
+
+    sides = [0] * EPISODES
+
+    def watch(index: int, env: gym.Env, obs: Any, action: Any) -> None:
+        if action is None:
+            sides[index] = env.unwrapped.side
+
+    result = evaluate(
+        agent, lambda: gym.make(OBSTACLES), EPISODES, seed=seed, deterministic=False, parallel=EPISODES, watch=watch
+    )
+    assert result is not None
+    reached = [side for side, success in zip(sides, result.successes, strict=True) if success]
+    return reached.count(-1), reached.count(1)
 
 
-def update_seconds(side: str) -> None:
-    """Print the median seconds of 100 updates on HalfCheetah-v5 as JSON."""
+def ways(agent: Any, side: str, seed: int, episodes: int = 10) -> list[dict[str, Any]]:
+    """Places of noisy episodes at every second step, and which expert acted there (0 where there is only one)."""
+    import gymnasium as gym
     import torch
 
+    import rlkit
+    from rlkit.trainers.pmoe import draw, pick
+
+    env, generator = gym.make(OBSTACLES), torch.Generator().manual_seed(seed)
+    rows = []
+    for episode in range(episodes):
+        obs, info = env.reset(seed=episode)
+        places, experts, over = [], [], False
+        while not over:
+            if isinstance(agent, rlkit.PMOE):  # as `predict` does, which does not tell the expert
+                with torch.no_grad():
+                    mean, log_std, log_weights = agent.actor(agent.normalizer(torch.from_numpy(obs)[None]))
+                    expert = draw(log_weights, torch.rand(1, generator=generator))
+                    noise = torch.randn(1, 2, generator=generator)
+                    action = torch.tanh(pick(mean, expert) + pick(log_std, expert).exp() * noise)[0].numpy()
+                experts.append(int(expert))
+            else:
+                action, _ = agent.predict(obs)
+                experts.append(0)
+            places.append(env.unwrapped.position)
+            obs, _, terminated, truncated, info = env.step(action)
+            over = terminated or truncated
+        x, y = np.round(np.array([*places[::2], env.unwrapped.position]), 2).T
+        row = {"side": side, "seed": seed, "episode": episode, "passed": info["side"], "reached": info["is_success"]}
+        rows.append(
+            {**row, **{key: " ".join(map(str, v)) for key, v in (("x", x), ("y", y), ("expert", experts[::2]))}}
+        )
+    return rows
+
+
+def update_seconds(side: str, compile: str) -> None:
+    """Print the median seconds of 100 updates on HalfCheetah-v5 with SAC's default networks and batch, as JSON."""
+    import torch
+
+    import rlkit
+
     torch.set_num_threads(1)
-    agent = agent_of(side, "HalfCheetah-v5", 0, "off").learn(300)
+    name, fields = SIDES[side]
+    cls = rlkit.SAC if name == "sac" else rlkit.PMOE
+    agent = cls(CHEETAH, seed=0, device="cpu", eval_episodes=0, compile=compile, learning_starts=290, **fields)
+    agent.learn(300)
     times = []
     for _ in range(100):
         batch = agent.batch()
@@ -118,123 +186,236 @@ def update_seconds(side: str) -> None:
 
 
 def main(quick: bool = False) -> str:
-    """Run what is missing, then write the figure and the table; returns the table."""
-    name = "pmoe-quick" if quick else "pmoe"
-    raw = RESULTS / f"{name}.csv"
+    """Run what is missing, then write the figures and the table; returns the table."""
+    ending = "-quick" if quick else ""
+    raw, drawn, clocked = (RESULTS / f"pmoe{what}{ending}.csv" for what in ("", "-trajectories", "-speed"))
     if quick:
-        raw.unlink(missing_ok=True)
+        for path in (raw, drawn, clocked):
+            path.unlink(missing_ok=True)
     done = {(row["task"], row["side"], int(row["seed"])) for row in read(raw)}
     jobs = [
-        (task, side, seed, setting["on_policy" if side in ON_POLICY else "steps"] if not quick else 1_000)
-        for seed in range(1 if quick else SEEDS)
-        for task, setting in TASKS.items()
-        for side in (setting["sides"] if not quick else ("SAC", "PMOE"))
-        if (task, side, seed) not in done and (not quick or task == OBSTACLES)
+        (task, side, seed, TASKS[task]["on_policy" if side in ON_POLICY else "steps"])
+        for tasks, sides in PHASES
+        for seed in range(SEEDS)
+        for task in tasks
+        for side in sides
     ]
-
-    def start(job: tuple[Any, ...]) -> None:
-        subprocess.run([sys.executable, __file__, *map(str, job), str(raw)], check=True)
-        print(f"done: {job[0]} {job[1]} seed {job[2]}", flush=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(start, jobs))
+    if quick:
+        jobs = [(OBSTACLES, side, 0, 1_000) for side in ("SAC", "PMOE")]
+    for job in jobs:
+        if job[:3] not in done:
+            subprocess.run([sys.executable, __file__, *map(str, job), str(raw)], check=True)
+            print(f"{time.strftime('%H:%M:%S')} done: {job[0]} {job[1]} seed {job[2]}", flush=True)
+    if not clocked.exists():
+        append(clocked, speed(1 if quick else 5, ("off",) if quick else ("off", "on")))
     rows = read(raw)
-    text = report(rows, speed(1 if quick else 5))
-    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    figure(rows, RESULTS / f"{name}.png")
+    text = report(rows, read(clocked))
+    raw.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    figure(rows, raw.with_suffix(".png"))
+    draw_ways(read(drawn), drawn.with_suffix(".png"))
     return text
 
 
-def speed(repeats: int) -> str:
-    """A sentence about the time of an update."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for _ in range(repeats):
-        for side in ("SAC", "PMOE", "all experts"):
-            seconds[side].append(common.call(__file__, "update", side, threads=1)["seconds"])
-    ratios = {side: median(a / b for a, b in zip(seconds[side], seconds["SAC"], strict=True)) for side in seconds}
-    return (
-        f"An update of PMOE with four experts takes {ratios['PMOE']:.2f} times as long as SAC's on HalfCheetah-v5; "
-        f"where all experts are trained, {ratios['all experts']:.2f} times (medians of {repeats}, one thread, eager)."
-    )
-
-
-def report(rows: list[dict[str, str]], sentence: str) -> str:
-    """Area, final return and modes by task and side."""
-    found: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in rows:
-        found[row["task"], row["side"]].append(row)
-    lines = []
-    for (task, side), runs in sorted(
-        found.items(), key=lambda item: (list(TASKS).index(item[0][0]), list(SIDES).index(item[0][1]))
-    ):
-        figures = [spread([float(run[key]) for run in runs]) for key in ("area", "final")]
-        counts = np.array([[int(run["below"]), int(run["above"])] for run in runs], float)
-        if task == OBSTACLES:
-            reached = counts.sum(1)
-            rarer = np.divide(counts.min(1), reached, out=np.zeros(len(runs)), where=reached > 0)
-            figures += [f"{reached.mean() / EPISODES:.0%}", " ".join(f"{share:.2f}" for share in rarer)]
-        else:
-            figures += ["-", "-"]
-        lines.append([task, side, f"{int(runs[0]['steps']):,}", str(len(runs)), *figures])
-    header = [
-        "task",
-        "side",
-        "steps",
-        "seeds",
-        "area",
-        "final return",
-        "reach the goal",
-        "share of the rarer side, by seed",
+def speed(repeats: int, compiled: Sequence[str]) -> list[dict[str, Any]]:
+    """Seconds of an update of three sides in turns."""
+    return [
+        {"side": side, "compile": compile, "repeat": repeat}
+        | common.call(__file__, "update", side, compile, threads=1)
+        | machine(PACKAGES)
+        for compile in compiled
+        for repeat in range(repeats)
+        for side in ("SAC", "PMOE", "all experts")
     ]
-    where = sorted(
-        {f"{r['processor']}, {r['cores']} cores, 1 thread a run, two runs at a time; {r['versions']}" for r in rows}
+
+
+def interquartile(values: Sequence[float]) -> tuple[float, float, float]:
+    """Interquartile mean and both ends of its 95 % bootstrap interval; NaN ends for one value."""
+    mean, low, high = differences(values, [0.0])
+    return (mean, low, high) if len(values) > 1 else (mean, float("nan"), float("nan"))
+
+
+def differences(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Interquartile mean of `values` less that of `others`, and its 95 % bootstrap interval: both are resampled."""
+    rng = np.random.default_rng(0)
+    found = [
+        stats.trim_mean(np.asarray(v)[rng.integers(len(v), size=(10_000, len(v)))], 0.25, axis=1)
+        for v in (values, others)
+    ]
+    low, high = np.percentile(found[0] - found[1], [2.5, 97.5])
+    return float(stats.trim_mean(values, 0.25) - stats.trim_mean(others, 0.25)), float(low), float(high)
+
+
+def rarer(run: dict[str, str]) -> float:
+    """Share of the rarer side among the episodes that reached the goal; NaN where none did."""
+    below, above = int(run["below"]), int(run["above"])
+    return min(below, above) / (below + above) if below + above else float("nan")
+
+
+def runs_of(rows: list[dict[str, str]]) -> dict[tuple[str, str], list[dict[str, str]]]:
+    """(task, side) -> its runs by seed, in this file's order of tasks and sides."""
+    found: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for task in TASKS:
+        for side in SIDES:
+            runs = [row for row in rows if row["task"] == task and row["side"] == side]
+            if runs:
+                found[task, side] = sorted(runs, key=lambda run: int(run["seed"]))
+    return found
+
+
+def report(rows: list[dict[str, str]], clocked: list[dict[str, str]]) -> str:
+    """Area, final return and modes by task and side, and what they say about the claims."""
+    found = runs_of(rows)
+    lines = []
+    for (task, side), runs in found.items():
+        figures = [shown(interquartile([float(run[key]) for run in runs])) for key in ("area", "final")]
+        if task == OBSTACLES:
+            reached = np.mean([int(run["below"]) + int(run["above"]) for run in runs]) / EPISODES
+            shares = " ".join("-" if np.isnan(share) else f"{share:.2f}" for share in map(rarer, runs))
+            figures += [f"{reached:.0%}", shares]
+        else:
+            figures += ["", ""]
+        lines.append([task, side, f"{int(runs[0]['steps']):,}", str(len(runs)), *figures])
+    header = ["task", "side", "steps", "seeds", "area", "final return", "reach the goal", "share of the rarer side"]
+    about = (
+        "Interquartile means over seeds with 95 % bootstrap intervals; the share of the rarer side is given seed by "
+        "seed, and is 0.5 where both ways round are taken equally often."
     )
-    return "\n\n".join([table(header, lines), sentence, *where])
+    ways = "![Ways in ObstacleReach, coloured by the expert that acted](pmoe-trajectories.png)"
+    where = sorted(
+        {f"{r['processor']}, {r['cores']} cores, 1 thread a run, one run at a time; {r['versions']}" for r in rows}
+    )
+    return "\n\n".join([table(header, lines), about, claims(found), timing(clocked), ways, *where])
 
 
-def spread(values: list[float]) -> str:
-    """Mean and 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*interval(values))
+def claims(found: dict[tuple[str, str], list[dict[str, str]]]) -> str:
+    """Does the area of PMOE lie above its baseline's, and does it take both ways where the baseline takes one?"""
+    lines = []
+    for task in TASKS:
+        for side, baseline in (("PMOE", "SAC"), ("PMOE, apart at first", "SAC"), ("PMOE-PPO", "PPO")):
+            if (task, side) not in found or (task, baseline) not in found:
+                continue
+            a, b = ([float(run["area"]) for run in found[task, name]] for name in (side, baseline))
+            if min(len(a), len(b)) < 2:
+                continue
+            mean, low, high = differences(a, b)
+            verdict = (
+                "the claim shows" if low > 0 else "the contrary shows" if high < 0 else "no difference shows"
+            )  # fmt: skip
+            lines.append(
+                f"- {task}: the area of {side} less that of {baseline} is {shown((mean, low, high))}: {verdict}."
+            )
+    for side in SIDES:
+        runs = found.get((OBSTACLES, side), [])
+        shares = [share for share in map(rarer, runs) if not np.isnan(share)]
+        both = sum(share >= 0.1 for share in shares)
+        if runs:
+            lines.append(
+                f"- Both ways: the rarer side has a tenth of the successes or more in {both} of {len(runs)} runs of "
+                f"{side}; {len(runs) - len(shares)} never reached the goal."
+            )
+    return "\n".join(lines)
+
+
+def timing(clocked: list[dict[str, str]]) -> str:
+    """A sentence about the time of an update."""
+    sentences = []
+    for compile, word in (("off", "eager"), ("on", "compiled")):
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for row in clocked:
+            if row["compile"] == compile:
+                seconds[row["side"]].append(float(row["seconds"]))
+        if not seconds:
+            continue
+        ratio = {side: median(a / b for a, b in zip(seconds[side], seconds["SAC"], strict=True)) for side in seconds}
+        sentences.append(
+            f"{ratio['PMOE']:.2f} times as long as SAC's, or {ratio['all experts']:.2f} times where all experts are "
+            f"trained ({word}; SAC's: {1000 * median(seconds['SAC']):.1f} ms)"
+        )
+    return (
+        "An update of PMOE with four experts takes " + "; ".join(sentences) + ". HalfCheetah-v5, two layers of 256, "
+        f"batches of 256, one thread, medians of {len(clocked) // 3 // len(sentences)}."
+    )
+
+
+def shown(values: tuple[float, float, float]) -> str:
+    mean, low, high = values
+    return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def figure(rows: list[dict[str, str]], path: Path) -> None:
-    """Mean returns over seeds against steps, one panel a task and family."""
+    """Interquartile means of returns over seeds against steps: a column a task, a row SAC's family and PPO's."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = sorted(
-        {(row["task"], row["side"] in ON_POLICY) for row in rows}, key=lambda p: (p[1], list(TASKS).index(p[0]))
-    )
-    canvas, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
-    for axis, (task, on_policy) in zip(axes[0], panels, strict=True):
-        for side in SIDES:
-            runs = [
-                row for row in rows if row["task"] == task and row["side"] == side and (side in ON_POLICY) == on_policy
-            ]
-            if not runs:
-                continue
-            curves = np.array([[float(value) for value in run["returns"].split()] for run in runs])
-            steps = np.arange(1, curves.shape[1] + 1) * int(runs[0]["steps"]) / curves.shape[1]
-            mean, low, high = np.array([interval(column) for column in curves.T]).T
-            (line,) = axis.plot(steps, mean, label=side)
-            if not np.isnan(low).any() and side in ("SAC", "PMOE", *ON_POLICY):
-                axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        axis.set(title=task, xlabel="environment steps", ylabel="return, 10 episodes")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=7)
-    canvas.suptitle("mean over seeds, 95 % interval", fontsize=10)
+    found = runs_of(rows)
+    tasks = [task for task in TASKS if any(key[0] == task for key in found)]
+    families = [f for f in (False, True) if any((side in ON_POLICY) == f for _, side in found)]
+    size = (4.0 * len(tasks), 3.1 * len(families))
+    canvas, axes = plt.subplots(len(families), len(tasks), figsize=size, squeeze=False)
+    for row, on_policy in zip(axes, families, strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            for side in [s for s in SIDES if (task, s) in found and (s in ON_POLICY) == on_policy]:
+                runs = found[task, side]
+                curves = np.array([[float(value) for value in run["returns"].split()] for run in runs])
+                steps = np.arange(1, curves.shape[1] + 1) * int(runs[0]["steps"]) / curves.shape[1] / 1000
+                mean, low, high = np.array([interquartile(column) for column in curves.T]).T
+                (line,) = axis.plot(steps, mean, label=side, linewidth=1.6 if side in MAIN else 0.8)
+                if not np.isnan(low).any() and side in MAIN:
+                    axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+            axis.set_title(task, fontsize=9)
+            axis.grid(alpha=0.3)
+            axis.legend(frameon=False, fontsize=6)
+        row[0].set_ylabel("return")
+    for axis in axes[-1]:
+        axis.set_xlabel("thousand environment steps")
+    seeds = min(len(runs) for runs in found.values())
+    canvas.suptitle(f"interquartile mean over {seeds} seeds, 95 % bootstrap interval", fontsize=9)
     canvas.tight_layout()
-    canvas.savefig(path, dpi=110)
+    canvas.savefig(path, dpi=90)
+    plt.close(canvas)
+
+
+def draw_ways(rows: list[dict[str, str]], path: Path) -> None:
+    """Noisy episodes in the arena, a row a side and a column a seed; colours are the experts that acted."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.collections import LineCollection
+
+    from rlkit.envs.obstacles import ARENA, GOAL, GOAL_RADIUS, OBSTACLES, RADIUS
+
+    sides = [side for side in DRAWN if any(row["side"] == side for row in rows)]
+    seeds = sorted({int(row["seed"]) for row in rows})
+    size = (1.9 * len(seeds) + 0.3, 1.95 * len(sides) + 0.3)
+    canvas, axes = plt.subplots(len(sides), len(seeds), figsize=size, squeeze=False)
+    colours = np.array(["tab:blue", "tab:orange", "tab:green", "tab:red"])
+    for line, side in zip(axes, sides, strict=True):
+        for axis, seed in zip(line, seeds, strict=True):
+            for centre in OBSTACLES:
+                axis.add_patch(plt.Circle(centre, RADIUS, color="0.6"))
+            axis.add_patch(plt.Circle(GOAL, GOAL_RADIUS, color="0.85"))
+            for row in rows:
+                if row["side"] == side and int(row["seed"]) == seed:
+                    places = np.array([row["x"].split(), row["y"].split()], float).T
+                    segments = np.stack([places[:-1], places[1:]], axis=1)
+                    experts = np.array(row["expert"].split(), int)
+                    lines = LineCollection(list(segments), colors=list(colours[experts]), linewidths=0.9)
+                    axis.add_collection(lines)
+            axis.set(xlim=(-ARENA, ARENA), ylim=(-ARENA, ARENA), aspect="equal", xticks=[], yticks=[])
+            if line is axes[0]:
+                axis.set_title(f"seed {seed}", fontsize=8)
+        line[0].set_ylabel(side, fontsize=8)
+    canvas.tight_layout(pad=0.4)
+    canvas.savefig(path, dpi=80)
     plt.close(canvas)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "update":
-        update_seconds(sys.argv[2])
+        update_seconds(*sys.argv[2:])
     else:
         task, side, seed, steps, out = sys.argv[1:]
         run_one(task, side, int(seed), int(steps), Path(out))

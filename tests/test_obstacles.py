@@ -5,8 +5,10 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
+import rlkit
 import rlkit.envs.obstacles as task
 from rlkit.envs.obstacles import ObstacleReach
 
@@ -87,6 +89,36 @@ def test_both_ways_lead_to_the_goal_and_the_straight_one_does_not() -> None:
     straight = walk((1.0, 1.0, 80))
     assert straight[2]["is_success"] is False
     assert straight[1] < -90
+
+
+def test_the_reward_for_approaching_telescopes_and_is_alike_on_both_sides() -> None:
+    """Along an episode it adds ten times the way from the first distance to the last one; mirrored, the same."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (40, 2))
+    totals = []
+    for mirror in (1, -1):
+        env = ObstacleReach()
+        observations = [env.reset()[0], *(env.step(action[::mirror])[0] for action in actions)]
+        observations = np.array(observations)
+        rewards = np.arange(40.0)
+        more = task.approach(rewards=rewards, observations=observations[:-1], next_observations=observations[1:])
+        first, last = (np.linalg.norm(place - task.GOAL) for place in (task.START, env.position))
+        assert (more - rewards).sum() == pytest.approx(10 * (first - last), abs=1e-4)
+        totals.append(more)
+    np.testing.assert_allclose(totals[0], totals[1], atol=1e-4)
+
+
+def test_a_run_finds_the_reward_for_approaching_by_its_name() -> None:
+    agent = rlkit.SAC(
+        task.ID, reward=("rlkit.envs.obstacles:approach", "scale=0.1"), policy_kwargs={"net_arch": [8]}, seed=0,
+        device="cpu", learning_starts=100, eval_episodes=0,
+    )  # fmt: skip
+    agent.learn(50)
+    rows = agent.buffer.rows(torch.arange(50))
+    before, after = (5 * rows[key][:, 6:8].norm(dim=1) for key in ("obs", "next_obs"))
+    own = 0.1 * rows["next_obs"][:, 2:4].norm(dim=1)
+    running = ~rows["terminated"].bool()
+    torch.testing.assert_close(rows["reward"][running], (0.1 * own + before - after)[running], atol=1e-4, rtol=0)
 
 
 def test_pictures() -> None:
