@@ -134,6 +134,8 @@ class ControlTrainer(Trainer):
     own = frozenset({"buffer", "rng", "meter", "env", "reward", "n_step", "window"})
     divided: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size")
     """Fields, where there are such, that say how much all processes have together; see `share`."""
+    chooses: ClassVar[bool] = False
+    """Whether the policy chooses among alternatives, so that rounding may turn near ties."""
     policy_parts: ClassVar[tuple[str, ...]] = ("normalizer", "actor")
     """Tracked modules that `act` reads, whose weights an exported policy holds."""
 

@@ -42,6 +42,9 @@ from rlkit.trainer import load
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-5
 """Largest difference to `predict` that is let through, in units of half the action range."""
+TIES = 0.01
+"""Share of observations in which the policy of a trainer that `chooses` may act otherwise: a near tie, which rounding
+turns."""
 SAMPLES = 1_000
 """Observations drawn from the space, and at most of an episode, that are compared."""
 
@@ -100,6 +103,8 @@ class Comparison:
     """What observations as float32, instead of in the environment's own type, change in the episode's actions."""
     note: str = ""
     """Why no episode could be run."""
+    ties: int = 0
+    """Observations that the figures leave out: a choice among alternatives fell otherwise."""
 
     def lines(self) -> Iterator[str]:
         """For people."""
@@ -108,6 +113,8 @@ class Comparison:
             f"largest difference to `predict`, of half the action range: {self.difference:.1e} "
             f"({self.sampled:,} observations of the space, {episode})"
         )
+        if self.ties:
+            yield f"in {self.ties:,} of them a choice between nearly equal alternatives fell otherwise"
         if self.rounding > TOLERANCE:
             yield (
                 f"observations rounded to float32 change actions by up to {self.rounding:.1e} of half the action range "
@@ -277,29 +284,37 @@ def _compare(trainer: ControlTrainer, actions: Actions, seen: list[Any], note: s
         RlkitError: a difference above `TOLERANCE`.
     """
     space = trainer.observation_space
-    sampled = _sample(space, np.random.default_rng(0))
-    largest, rounding = _difference(trainer, actions, sampled, SAMPLES), 0.0
+    differences = [_differences(trainer, actions, _sample(space, np.random.default_rng(0)), SAMPLES)]
+    rounding = np.zeros(1)
     if seen:
         batch = concatenate(space, seen, create_empty_array(space, len(seen)))
-        largest = np.maximum(largest, _difference(trainer, actions, _rounded(batch), len(seen)))
-        rounding = _difference(trainer, actions, batch, len(seen))
+        differences.append(_differences(trainer, actions, _rounded(batch), len(seen)))
+        rounding = _differences(trainer, actions, batch, len(seen))
+    each = np.concatenate(differences)
+    ties = each > TOLERANCE
+    if not trainer.chooses or ties.mean() > TIES:
+        ties[:] = False
+    else:
+        rounding = rounding[rounding <= TOLERANCE]
+    largest = np.max(each[~ties])
     if not largest <= TOLERANCE:  # nor NaN
         raise RlkitError(
             f"the exported policy of `{trainer.name}` differs from `predict` by {largest:.1e} of half the action "
             f"range, more than {TOLERANCE:.0e}; no file was written"
         )
-    return Comparison(SAMPLES, len(seen), float(largest), float(rounding), note)
+    return Comparison(SAMPLES, len(seen), float(largest), float(np.max(rounding, initial=0.0)), note, int(ties.sum()))
 
 
-def _difference(trainer: ControlTrainer, actions: Actions, batch: Any, n: int) -> float:
-    """The largest over `n` observations, in units of half the action range; NaN if there is one."""
+def _differences(trainer: ControlTrainer, actions: Actions, batch: Any, n: int) -> np.ndarray:
+    """(n,): the largest of each of `n` observations, in units of half the action range; NaN if there is one."""
     expected, _ = trainer.predict(batch, deterministic=True)
     got = actions(np.ascontiguousarray(flatten_obs(trainer.observation_space, batch, n), np.float32))
     if got.shape != expected.shape:
         raise RlkitError(f"the exported policy gives actions of shape {got.shape} instead of {expected.shape}")
     difference = np.abs(got.astype(np.float64) - expected).reshape(n, -1)
     half = 1.0 if trainer.scale is None else np.where(trainer.scale.half > 0, trainer.scale.half, 1.0)
-    return float(np.max(difference / half))
+    largest: np.ndarray = np.max(difference / half, axis=1)
+    return largest
 
 
 def _sample(space: gym.Space, rng: np.random.Generator) -> Any:

@@ -361,6 +361,7 @@ class ARSQ(OfflineTrainer):
 
     Config = ARSQConfig
     name = "arsq"
+    chooses = True
     presets = PRESETS
     policy_parts = ("normalizer", "critic")
     default_task: ClassVar[Mapping[str, Any]] = {

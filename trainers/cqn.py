@@ -166,6 +166,7 @@ class CQN(OfflineTrainer):
 
     Config = CQNConfig
     name = "cqn"
+    chooses = True
     policy_parts = ("normalizer", "critic_target")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {"batch_size": 128, "policy_kwargs": {"net_arch": [128, 128]}}
