@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Dict, Discrete
 from numpy.typing import NDArray
 
@@ -60,6 +61,7 @@ class Dataset:
         env_id: of the environment, where the source says.
         notes: lines for the user: what was dropped or assumed, with counts.
         cut_off: episodes whose recording stopped before their end; their last transition counts as truncated.
+        env_spec: of the environment with its arguments, where the source says.
     """
 
     rows: dict[str, NDArray[Any]]
@@ -69,6 +71,7 @@ class Dataset:
     env_id: str | None = None
     notes: tuple[str, ...] = ()
     cut_off: frozenset[int] = frozenset()
+    env_spec: EnvSpec | None = None
 
     def __len__(self) -> int:
         """Transitions."""
@@ -168,6 +171,15 @@ def read(source: str | Path | Mapping[str, Any] | minari.MinariDataset | Dataset
         f"data: {type(source).__name__} is none of: an .npz or .hdf5 file, a mapping of arrays, `minari:<id>`, the "
         "folder of a Minari dataset, a minari.MinariDataset"
     )
+
+
+def is_recording(source: str | Path) -> bool:
+    """Whether `source` names recorded transitions, there or not, rather than text, a run or a name on the hub."""
+    path = Path(source)
+    if str(source).startswith(MINARI) or path.suffix.lower() in SUFFIXES:
+        return True
+    found = [folder / METADATA for folder in (path, path / "data") if (folder / METADATA).is_file()]
+    return any("minari_version" in file.read_text(encoding="utf-8", errors="replace") for file in found)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -633,8 +645,9 @@ def _from_episodes(
         "truncated": truncated,
         "episode": episode,
     }
-    env_id = None if dataset.env_spec is None else dataset.env_spec.id
-    return Dataset(rows, source, space, action_space, env_id, tuple(notes), frozenset(episode[cut].tolist()))
+    spec: EnvSpec | None = dataset.env_spec
+    env_id = None if spec is None else spec.id
+    return Dataset(rows, source, space, action_space, env_id, tuple(notes), frozenset(episode[cut].tolist()), spec)
 
 
 def _in_file_order(space: gym.Space[Any], written: Any) -> gym.Space[Any]:
@@ -774,6 +787,7 @@ def _keys(space: Dict) -> list[Any]:
     return [(key, _keys(part)) if isinstance(part, Dict) else key for key, part in space.spaces.items()]
 
 
+CLIPPED = ": clipped, as the environment would"
 FAR = 0.5
 """Widths of the bounds outside of which most values of a dimension are taken to be in other units. Policies whose noise
 is not bounded, such as TRPO's, were seen with 60 % of a dimension's values outside, but 22 % that far."""
@@ -804,8 +818,8 @@ def clip_actions(dataset: Dataset, action_space: gym.Space[Any]) -> Dataset:
             "they seem to be in other units; convert them to the environment's and save them again"
         )
     note = (
-        f"actions were clipped to the environment's bounds in {int(outside.sum()):,} of {len(action):,} transitions "
-        f"({outside.mean():.1%}); the largest excess was {excess.max():.6g}"
+        f"actions of {int(outside.sum()):,} of {len(action):,} transitions ({outside.mean():.1%}) lie outside of the "
+        f"environment's bounds, by {excess.max():.6g} at most{CLIPPED}"
     )
     clipped = np.clip(action, action_space.low, action_space.high).astype(action.dtype, copy=False)
     return dataclasses.replace(dataset, rows={**dataset.rows, "action": clipped}, notes=(*dataset.notes, note))

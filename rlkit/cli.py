@@ -291,19 +291,46 @@ def bench(args: Sequence[str]) -> int:
 
 
 def data(args: Sequence[str]) -> int:
-    parser = Parser(prog="rlkit data", description="Look at text data before training on it.")
-    parser.add_argument("action", choices=["inspect"], metavar="inspect", help="counts, problems, lengths, examples")
-    parser.add_argument("source", metavar="FILE", help="file, folder, or name on the hub")
-    parser.add_argument("--tokenizer", "--model", metavar="M", help="folder or hub name whose tokens are counted")
-    parser.add_argument("--map", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
-    parser.add_argument("--max_length", "--max-length", type=count, default=1024, metavar="N", help="[default: 1024]")
-    parser.add_argument("--boundary", choices=["error", "split", "common"], default="split", help="[default: split]")
-    parser.add_argument("--chat_template", "--chat-template", metavar="FILE")
-    parser.add_argument("--examples", type=count, default=1, metavar="N", help="records to show [default: 1]")
+    if args and args[0] in DATA:
+        return DATA[args[0]][0](args[1:])
+    parser = Parser(
+        prog="rlkit data",
+        description="Look at data before training on them, or record episodes to train on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="actions:\n" + "\n".join(f"  {name:<8} {text}" for name, (_, text) in DATA.items()),
+    )
+    parser.add_argument("action", choices=list(DATA), metavar="ACTION", help="`rlkit data ACTION --help` says more")
+    parse(parser, args)
+    raise AssertionError("the action was not among those known")
+
+
+def data_inspect(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit data inspect", description="What is in a file or data set, and what is wrong with it.")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="text: a file, folder, or name on the hub; transitions: an .npz or HDF5 file, minari:ID or its folder",
+    )
+    text = parser.add_argument_group("of text data")
+    text.add_argument("--tokenizer", "--model", metavar="M", help="folder or hub name whose tokens are counted")
+    text.add_argument("--map", nargs="*", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    text.add_argument("--max_length", "--max-length", type=count, default=1024, metavar="N", help="[default: 1024]")
+    text.add_argument("--boundary", choices=["error", "split", "common"], default="split", help="[default: split]")
+    text.add_argument("--chat_template", "--chat-template", metavar="FILE")
+    text.add_argument("--examples", type=count, default=1, metavar="N", help="records to show [default: 1]")
     given = parse(parser, args)
     wrong = [item for item in given.map if "=" not in item]
     if wrong:
         raise UserError(f"--map: got {wrong[0]!r}; expected OURS=THEIRS, such as prompt=question")
+    from rlkit.envs import offline
+
+    if offline.is_recording(given.source):
+        options = {k: v for k, v in vars(given).items() if k != "source" and v != parser.get_default(k)}
+        if options:
+            raise UserError(f"`--{next(iter(options))}` is of text data; {given.source} holds transitions")
+        for line in offline.report(offline.read(given.source)):
+            print(line)
+        return 0
     from rlkit.lm.inspection import inspect
 
     for line in inspect(
@@ -317,6 +344,69 @@ def data(args: Sequence[str]) -> int:
     ):
         print(line)
     return 0
+
+
+def data_make(args: Sequence[str]) -> int:
+    parser = Parser(prog="rlkit data make", description="Record episodes into a local Minari dataset.")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="run folder, checkpoint or saved folder (its policy), random:ENV_ID or random:RUN (uniform actions), "
+        "replay:RUN (the complete episodes in its replay buffer), minari:ID or a data file; several make a mixture",
+    )
+    parser.add_argument("--out", required=True, metavar="ID", help="such as hopper/medium-v0")
+    parser.add_argument(
+        "--episodes",
+        nargs="+",
+        type=_episodes,
+        default=["all"],
+        metavar="N",
+        help="of each source, one number or one for each; `all` of a buffer or file [default: all]",
+    )
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="of all that is random [default: 0]")
+    parser.add_argument("--deterministic", action="store_true", help="the modes of policies instead of samples")
+    parser.add_argument(
+        "--band",
+        nargs=2,
+        type=float,
+        default=[0.0, 100.0],
+        metavar=("LOW", "HIGH"),
+        help="keep the episodes between these percentiles of all returns",
+    )
+    parser.add_argument("--env", metavar="ENV_ID", help="of data files, which do not say it")
+    parser.add_argument("--replace", action="store_true", help="if there is such a dataset, the new one replaces it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    given = parse(parser, args)
+    from rlkit.recording import described, record
+
+    made = record(
+        given.sources,
+        given.out,
+        [None if number == "all" else number for number in given.episodes],
+        seed=given.seed,
+        deterministic=given.deterministic,
+        band=tuple(given.band),
+        env=given.env,
+        replace=given.replace,
+        say=_say,
+    )
+    values = made.record()
+    figures = described(values["episodes"], values["transitions"], values["mean"], values["std"])
+    print(f"{made.id}: {figures}\nin {made.path}\ntrain on it: rlkit train TRAINER --data minari:{made.id}")
+    if given.json:
+        print(json.dumps(_no_nan(values)))
+    return 0
+
+
+def _episodes(text: str) -> int | str:
+    return text if text == "all" else count(text)
+
+
+DATA: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "inspect": (data_inspect, "SOURCE: counts, problems, lengths, examples; of transitions, returns and ranges"),
+    "make": (data_make, "SOURCE [SOURCE ...] --episodes N --out ID: policies' episodes as a Minari dataset"),
+}
 
 
 def push(args: Sequence[str]) -> int:
@@ -391,7 +481,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (evaluate, "evaluate the newest checkpoint of a run"),
     "plot": (plot, "learning curves of one or several runs"),
     "video": (video, "film deterministic evaluation episodes of a run"),
-    "data": (data, "`data inspect FILE`: counts, problems, token lengths, examples"),
+    "data": (data, "`data inspect FILE`: what is in it; `data make RUN --episodes N --out ID`: record a policy"),
     "convert": (convert, "turn an SAC that Stable-Baselines3 saved into rlkit's"),
     "export": (export, "a policy as ONNX or PyTorch program, a language model as model folder"),
     "push": (push, "upload a language model to the Hugging Face hub"),

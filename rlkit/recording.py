@@ -125,11 +125,13 @@ def record(
             for note in source.notes:
                 say(f"{source.name}: {note}")
             recorded += [(source, episode) for episode in found]
+        if stop.requested:
+            raise KeyboardInterrupt
         if tuple(band) != BAND:
             inside = _in_band([episode for _, episode in recorded], band)
             say(f"band {band[0]:g} to {band[1]:g} of the returns: {inside.sum():,} of {len(inside):,} episodes")
             recorded = [pair for pair, chosen in zip(recorded, inside, strict=True) if chosen]
-        if place.spec is None:
+        if _storable(place.spec) is None:
             say("the environment has no description that JSON can hold: the dataset does not say which it is")
         facts = [_facts(source, [episode for own, episode in recorded if own is source]) for source in opened]
         episodes_kept = [episode for _, episode in recorded]
@@ -447,7 +449,7 @@ def _replay(text: str) -> Source:
     if config.env is None:
         raise UserError(f"{text}: trained on an environment given in Python: what its rows are of, no file says")
     if not len(trainer.buffer):
-        raise UserError(f"{text}: the replay buffer is empty (saved folders hold none: give a run or its checkpoint)")
+        raise UserError(f"{text}: the replay buffer is empty")
     make_env = _eval_env(trainer, run)
     place = _place(make_env)
     overwritten = len(trainer.buffer) == trainer.buffer.capacity and trainer.clock != len(trainer.buffer)

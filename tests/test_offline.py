@@ -692,7 +692,8 @@ def test_actions_are_clipped_as_the_environment_would() -> None:
     assert clipped.rows["action"][:, 0].tolist() == [-1, 0.5, 1, 1, 0, -1]
     assert clipped.rows["action"].dtype == np.float32
     assert clipped.notes[-1] == (
-        "actions were clipped to the environment's bounds in 2 of 6 transitions (33.3%); the largest excess was 0.5"
+        "actions of 2 of 6 transitions (33.3%) lie outside of the environment's bounds, by 0.5 at most: clipped, as "
+        "the environment would"
     )
     assert dataset.rows["action"][0, 0] == -1.5  # the given one is as it was
     assert offline.clip_actions(clipped, UNIT) is clipped
