@@ -281,7 +281,7 @@ class ChoiceNet(nn.Module):
         for layer in self.hidden:
             h = self.activation(layer(h))
         with torch.autocast(h.device.type, enabled=False):  # what is divided by a small temperature stays in float32
-            h = h.float().unflatten(1, (rows, steps))
+            h = h.to(self.head.dtype).unflatten(1, (rows, steps))
             out = torch.einsum("nbsh,nsho->nbso", h, self.head[:, start : start + steps])
             return out + self.head_bias[:, :, start : start + steps]
 
