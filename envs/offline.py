@@ -178,8 +178,11 @@ def is_recording(source: str | Path) -> bool:
     path = Path(source)
     if str(source).startswith(MINARI) or path.suffix.lower() in SUFFIXES:
         return True
-    found = [folder / METADATA for folder in (path, path / "data") if (folder / METADATA).is_file()]
-    return any("minari_version" in file.read_text(encoding="utf-8", errors="replace") for file in found)
+    try:
+        found = [folder / METADATA for folder in (path, path / "data") if (folder / METADATA).is_file()]
+        return any("minari_version" in file.read_text(encoding="utf-8", errors="replace") for file in found)
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ class Recording:
 
 
 def record(
-    sources: Sequence[str | Path | Trainer],
+    sources: Sequence[Any],
     out: str,
     episodes: int | Sequence[int | None] | None = None,
     *,
@@ -93,7 +94,7 @@ def record(
     Args:
         sources: run folders, checkpoints, saved folders or trainers (their policy); `random:` and an id or a run
             (uniform actions in its environment); `replay:` and a run (the complete episodes in its replay buffer);
-            `minari:<id>` or a data file.
+            `minari:<id>`, a data file, or whatever else `rlkit.envs.offline.read` takes.
         out: id of the dataset, such as `hopper/medium-v0`.
         episodes: of each source, or one number for all of them. None takes all that a buffer or file has; of these a
             number is drawn without replacement.
@@ -190,16 +191,16 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-def _open(source: str | Path | Trainer, deterministic: bool) -> Source:
+def _open(source: Any, deterministic: bool) -> Source:
     if isinstance(source, Trainer):
         return _policy(source, f"<{type(source).__name__}>", deterministic)
-    text = str(source)
+    text = str(source) if isinstance(source, str | Path) else ""
     if text.startswith(RANDOM):
         return _random(text)
     if text.startswith(REPLAY):
         return _replay(text)
-    if offline.is_recording(text):
-        dataset = offline.read(text)
+    if not text or offline.is_recording(text):
+        dataset = offline.read(source)
         return _recorded(dataset, {"kind": "data", "content": dataset.fingerprint()})
     return _policy(load(text, inference=True), text, deterministic)
 
@@ -589,7 +590,8 @@ def _write(
             action_space=place.action_space,
             env_spec=_storable(place.spec),
         )
-        storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **_metadata(about)})
+        named = {"dataset_id": dataset_id, "minari_version": minari.__version__}
+        storage.update_metadata({**named, **_metadata(about), "requirements": _requirements(place.spec)})
         storage.update_episodes(buffers)
         dataset = offline.read(minari.MinariDataset(temp / "data"))
         _check_free(dataset_id, replace)  # it may have appeared since
@@ -619,6 +621,12 @@ def _storable(spec: EnvSpec | None) -> EnvSpec | None:
     except (TypeError, ValueError):
         return None
     return plain
+
+
+def _requirements(spec: EnvSpec | None) -> list[str]:
+    """What the environment was run with; Minari compares when it recovers it."""
+    names = ["gymnasium"] + ["mujoco"] * (spec is not None and "mujoco" in str(spec.entry_point))
+    return [f"{name}=={version(name)}" for name in names]
 
 
 def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -763,6 +763,17 @@ def test_the_report_by_hand() -> None:
     assert "actions: 3 discrete values (0: 16.7%, 1: 33.3%, 3: 50.0%)" in discrete
 
 
+def test_what_is_a_recording(tmp_path: Path) -> None:
+    write_minari("odd/a-v0", [minari_episode()])
+    folder = tmp_path / "minari" / "odd" / "a-v0"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "metadata.json").write_text('{"licence": "MIT"}')
+    for source in ("minari:hopper/medium-v0", "absent.npz", "a.HDF5", Path("b.h5"), folder, folder / "data"):
+        assert offline.is_recording(source)
+    for source in ("pairs.jsonl", "user/name", tmp_path / "text", tmp_path, "x" * 5000, "a\0b", ""):
+        assert not offline.is_recording(source)
+
+
 def test_reading_imports_only_what_it_needs() -> None:
     import subprocess
 

@@ -73,9 +73,12 @@ def replayed(dataset: minari.MinariDataset) -> int:
 
 
 def test_recorded_episodes_replay_exactly_in_the_environment(run: Path) -> None:
+    fields = {"n_steps": 8, "eval_episodes": 0, "tensorboard": False, "policy_kwargs": {"net_arch": [8]}}
+    discrete = rlkit.registry.get("pmoe_ppo")("CartPole-v1", n_experts=1, **fields).learn(16)
     for out, source, options in (
         ("pendulum/mode-v0", run, {"deterministic": True}),
         ("pendulum/sampled-v0", run, {}),
+        ("cart/ppo-v0", discrete, {}),
         ("cart/random-v0", "random:CartPole-v1", {}),
     ):
         made = record([source], out, 12, **options)
@@ -142,6 +145,7 @@ def test_the_dataset_says_where_it_comes_from(run: Path) -> None:
             }
         ],
     }  # fmt: skip
+    assert metadata["requirements"] == [f"gymnasium=={gym.__version__}"]
     assert metadata["description"] == f"Made by rlkit {rlkit.__version__}, seed 2: 3 episodes of {run}."
     assert "pendulum/medium-v0" in minari.list_local_datasets()
     spec = minari.load_dataset("pendulum/medium-v0").env_spec
@@ -316,6 +320,10 @@ def test_episodes_of_a_file_are_drawn_without_replacement(tmp_path: Path) -> Non
     assert len({tuple(returns) for returns in draws}) > 1
     again = record(["minari:pendulum/all-v0"], "pendulum/again-v0", 4, seed=2)
     assert again.returns == draws[2]  # which ones is a matter of the seed and their number
+    objects = [offline.read(path), dict(np.load(path)), minari.load_dataset("pendulum/all-v0")]
+    mixed = record(objects, "pendulum/objects-v0", [1, None, 2])
+    assert [facts["source"] for facts in mixed.sources] == [str(path), "the mapping", "minari:pendulum/all-v0"]
+    assert [facts["episodes"] for facts in mixed.sources] == [1, 6, 2]
 
 
 def test_a_mixture_holds_what_was_asked_for(run: Path, tmp_path: Path) -> None:
@@ -408,6 +416,7 @@ def test_numbers_that_do_not_fit(run: Path, tmp_path: Path) -> None:
 
 def test_sources_that_hold_no_episodes_of_an_environment(tmp_path: Path) -> None:
     refused("acts in no environment: there are no episodes to record", [tiny("sft")], "pendulum/a-v0", 2)
+    refused("data: int is none of: an .npz or .hdf5 file, ", [42], "pendulum/a-v0", 2)
     refused("no such folder; expected a run folder, a checkpoint or a saved folder", ["runs/no"], "pendulum/a-v0", 2)
     sac(tmp_path / "object", 12, [lambda: gym.make("Pendulum-v1", **SHORT)], env_kwargs={})
     message = "trained on an environment given in Python, which no file can hold: record it there, rlkit.recording."
