@@ -515,7 +515,7 @@ class ControlTrainer(Trainer):
         `actions` in the environments' units, `new_obs`, `rewards` and `dones`, a row each, and `infos`, which hold
         `episode`, `terminal_observation`, `TimeLimit.truncated` and `is_success` at the end of an episode.
         """
-        return sb3.last_step(self.env, *self._last_step)
+        return sb3.last_step(self.env, *self._last_step) if self._last_step else sb3.no_step(self.env)
 
     @property
     def replay_buffer(self) -> RolloutBuffer:

@@ -171,6 +171,13 @@ def last_step(
     return {"actions": adapter.last_action, "new_obs": adapter.obs, "rewards": reward, "dones": dones, "infos": infos}
 
 
+def no_step(adapter: VectorAdapter) -> dict[str, Any]:
+    """The same where no environment was stepped, as while a trainer learns from recordings."""
+    n = adapter.num_envs
+    infos: list[dict[str, Any]] = [{} for _ in range(n)]
+    return {"new_obs": adapter.obs, "rewards": np.zeros(n, np.float32), "dones": np.zeros(n, np.bool_), "infos": infos}
+
+
 def training_env(trainer: ControlTrainer, given: Any) -> VecEnv:
     """The environments of `trainer` as a `VecEnv`: attributes and methods can be used, steps are the trainer's.
 
