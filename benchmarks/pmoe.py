@@ -108,9 +108,9 @@ def run_one(task: str, side: str, seed: int, steps: int, out: Path) -> None:
     row: dict[str, Any] = {"task": task, "side": side, "seed": seed, "steps": steps}
     row |= {"returns": " ".join(map(str, returns)), "area": round(float(np.mean(returns)), 3), "final": returns[-1]}
     row["below"], row["above"] = modes(agent, seed) if task == OBSTACLES else (-1, -1)
-    append(out, [{**row, "training_seconds": round(spent, 1), **machine(PACKAGES)}])
     if task == OBSTACLES and side in DRAWN:
         append(out.with_name(out.name.replace("pmoe", "pmoe-trajectories")), ways(agent, side, seed))
+    append(out, [{**row, "training_seconds": round(spent, 1), **machine(PACKAGES)}])
 
 
 def modes(agent: Any, seed: int) -> tuple[int, int]:
