@@ -561,6 +561,8 @@ def test_bands_by_hand() -> None:
     assert dataset.band(70, 100).returns.tolist() == [9, 7, 8]
     assert dataset.band(0, 100) is dataset
     assert dataset.in_band(30, 70).tolist() == [True, False, False, True, True, False, False, False, False, True]
+    five = with_returns(0, 1, 2, 3, 4)  # at 10, 30, 50, 70, 90: the lower border belongs to a band, the upper one not
+    assert five.band(30, 70).returns.tolist() == [1, 2]
     assert middle.notes[-1] == "band 30 to 70 of the returns: 4 of 10 episodes, returns 3 to 7"
 
 
@@ -619,6 +621,9 @@ def test_the_fingerprint_is_of_the_content() -> None:
     assert offline.read(changed("rewards", 3, 4.5)).fingerprint() != base
     assert offline.read(small(rewards=small()["rewards"].astype(np.float32))).fingerprint() != base
     assert offline.read(small(timeouts=[0, 0, 1, 0, 1, 0])).fingerprint() != base
+    numbers = [np.arange(12, dtype=dtype).reshape(6, 2) for dtype in (np.int64, np.uint64)]  # the same bytes
+    prints = [offline.read(small(observations=n, next_observations=n)).fingerprint() for n in numbers]
+    assert prints[0] != prints[1]
 
 
 # --- fitting an environment --------------------------------------------------------------------------------------
@@ -710,6 +715,8 @@ def test_actions_in_other_units_are_refused() -> None:
         "data.npz: actions in dimension 1 range from -180 to 180, and 83% of them are far outside of the environment's "
         "bounds, 0 to 10: they seem to be in other units; convert them to the environment's and save them again"
     )
+    noisy = np.where(np.arange(6)[:, None] < 4, [1.9, 14.0], [0.0, 5.0])  # four of six, by less than half the width
+    assert offline.clip_actions(recorded(actions=noisy), box).rows["action"][:4].tolist() == [[1, 10]] * 4
     half = degrees.copy()
     half[:3, 1] = 5  # half of them are inside: no reason to refuse
     assert offline.clip_actions(recorded(actions=half), box).rows["action"][:, 1].max() == 10

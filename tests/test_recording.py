@@ -28,6 +28,7 @@ SHORT = {"max_episode_steps": LIMIT}
 FIELDS: dict[str, Any] = {**TINY, "eval_episodes": 0, "checkpoint_every": 1000, "env_kwargs": SHORT}
 
 gym.register("RlkitTestParts-v0", entry_point="env_zoo:DictCounter")
+gym.register("RlkitTestWalk-v0", entry_point="env_zoo:Walk", kwargs={"length": 10})
 gym.register("RlkitTestBroken-v0", entry_point="env_zoo:Broken", kwargs={"how": "raise", "at": 30})
 
 
@@ -59,7 +60,7 @@ def replayed(dataset: minari.MinariDataset) -> int:
         obs, _ = env.reset(seed=about["seed"])
         np.testing.assert_array_equal(episode.observations[0], obs, strict=True)
         for t in range(len(episode)):
-            obs, reward, terminated, truncated, _ = env.step(episode.actions[t])
+            obs, reward, terminated, truncated, _ = env.step(episode.actions[t].copy())
             np.testing.assert_array_equal(episode.observations[t + 1], obs, strict=True)
             assert (episode.rewards[t], episode.terminations[t], episode.truncations[t]) == (
                 float(reward), terminated, truncated,
@@ -80,6 +81,7 @@ def test_recorded_episodes_replay_exactly_in_the_environment(run: Path) -> None:
         ("pendulum/sampled-v0", run, {}),
         ("cart/ppo-v0", discrete, {}),
         ("cart/random-v0", "random:CartPole-v1", {}),
+        ("walk/random-v0", "random:RlkitTestWalk-v0", {}),  # writes into its observations and into its actions
     ):
         made = record([source], out, 12, **options)
         dataset = minari.load_dataset(out)
@@ -125,6 +127,7 @@ def test_a_trainer_in_python_goes_on_as_if_nothing_had_been() -> None:
     before = agent.rng["predict"].get_state()
     first = record([agent], "pendulum/a-v0", 3)
     assert (agent.rng["predict"].get_state() == before).all()
+    agent.predict(np.zeros(3, np.float32))  # samples of a recording do not depend on those before it
     assert record([agent], "pendulum/a-v1", 3).fingerprint == first.fingerprint
     assert first.sources[0]["source"] == "<SAC>"
 
@@ -442,7 +445,9 @@ def test_ids_that_minari_does_not_take(out: str, run: Path) -> None:
 
 def test_a_dataset_is_never_overwritten_unasked(run: Path, tmp_path: Path) -> None:
     first = record([run], "minari:pendulum/a-v0", 2)  # the prefix does no harm
-    refused("the dataset pendulum/a-v0 exists (", [run], "pendulum/a-v0", 3)
+    lines: list[str] = []
+    refused("the dataset pendulum/a-v0 exists (", [run], "pendulum/a-v0", 3, say=lines.append)
+    assert lines == []  # before any work was done
     assert offline.read("minari:pendulum/a-v0").fingerprint() == first.fingerprint
     second = record([run], "pendulum/a-v0", 3, replace=True)
     assert len(second.returns) == 3
