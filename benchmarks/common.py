@@ -85,6 +85,35 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def interquartile(values: Sequence[float]) -> tuple[float, float, float]:
+    """Interquartile mean and both ends of its 95 % bootstrap interval; NaN ends for one value."""
+    mean, low, high = differences(values, [0.0])
+    return (mean, low, high) if len(values) > 1 else (mean, float("nan"), float("nan"))
+
+
+def differences(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Interquartile mean of `values` less that of `others`, and its 95 % bootstrap interval: both are resampled."""
+    rng = np.random.default_rng(0)
+    first, second = resampled(values, rng), resampled(others, rng)
+    low, high = np.percentile(first - second, [2.5, 97.5])
+    return float(stats.trim_mean(values, 0.25) - stats.trim_mean(others, 0.25)), float(low), float(high)
+
+
+def ratio(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """The same of the quotient of two positive quantities."""
+    rng = np.random.default_rng(0)
+    first, second = resampled(values, rng), resampled(others, rng)
+    low, high = np.percentile(first / second, [2.5, 97.5])
+    return float(stats.trim_mean(values, 0.25) / stats.trim_mean(others, 0.25)), float(low), float(high)
+
+
+def resampled(values: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+    """(10,000,) interquartile means of resamples of `values`."""
+    drawn = rng.integers(len(values), size=(10_000, len(values)))
+    means: np.ndarray = stats.trim_mean(np.asarray(values)[drawn], 0.25, axis=1)
+    return means
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join('---' for _ in header)}|"]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import arsq
 import dpo_speed
 import pmoe
 import sac_returns
 import sac_speed
 
-SUITES = {"sac-returns": sac_returns, "sac-speed": sac_speed, "dpo-speed": dpo_speed, "pmoe": pmoe}
+SUITES = {"sac-returns": sac_returns, "sac-speed": sac_speed, "dpo-speed": dpo_speed, "pmoe": pmoe, "arsq": arsq}
 
 
 def main() -> int:
