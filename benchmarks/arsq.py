@@ -113,6 +113,7 @@ def recorded(env: str) -> str:
     os.environ["MINARI_DATASETS_PATH"] = str(RAW / "minari")
     if not (RAW / "minari" / name).is_dir():
         run = RAW / f"sac-{env}"
+        RAW.mkdir(parents=True, exist_ok=True)
         rlkit = [sys.executable, "-m", "rlkit"]
         if not (run / "config.yaml").exists():
             options = [
@@ -128,10 +129,10 @@ def recorded(env: str) -> str:
                 "on",
             ]
             command = ["train", "sac", "--env", env, "--steps", str(SAC_STEPS), "--eval_every", "20000", *options]
-            subprocess.run([*rlkit, *command, "--tensorboard", "false", "--out", str(run)], check=True)
+            subprocess.run([*rlkit, *command, "--tensorboard", "false", "--out", str(run)], check=True, cwd=RAW)
         else:
-            subprocess.run([*rlkit, "resume", str(run)], check=True)
-        subprocess.run([*rlkit, "data", "make", f"replay:{run}", "--out", name], check=True)
+            subprocess.run([*rlkit, "resume", str(run)], check=True, cwd=RAW)
+        subprocess.run([*rlkit, "data", "make", f"replay:{run}", "--out", name], check=True, cwd=RAW)
     return f"minari:{name}"
 
 

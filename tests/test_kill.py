@@ -21,11 +21,19 @@ SETTING = [
     "--buffer_size", "2000", "--learning_starts", "20", "--eval_every", "400", "--eval_episodes", "1",
     "--log_every", "100", "--checkpoint_every", "40", "--tensorboard", "false", "--threads", "1",
 ]  # fmt: skip
+ON_POLICY = [
+    "--env", "Pendulum-v1", "--n_envs", "2", "--n_steps", "32", "--n_epochs", "2", "--normalize_obs", "true",
+    "--reward", "normalize", *SETTING[SETTING.index("--eval_every"):],
+]  # fmt: skip
+RECORDED = [
+    "--env", "rlkit/TwinThrust-v0", "--data", "rlkit.envs.coordination:twin_thrust_data", "--offline_steps", "600",
+    *SETTING[SETTING.index("--n_envs"):],
+]  # fmt: skip
 STEPS = 1600
 
 
-def train(out: Path, *more: str, steps: int = STEPS) -> list[str]:
-    return rlkit_command("train", "sac", "--steps", str(steps), "--out", str(out), *SETTING, *more)
+def train(out: Path, *more: str, steps: int = STEPS, name: str = "sac", setting: list[str] = SETTING) -> list[str]:
+    return rlkit_command("train", name, "--steps", str(steps), "--out", str(out), *setting, *more)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +44,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def kill_until_finished(run: Path, kills: int, seed: int) -> int:
+def kill_until_finished(run: Path, kills: int, seed: int, command: list[str] | None = None) -> int:
     """Start the run, SIGKILL it at random moments `kills` times, let it finish; returns how many kills hit."""
+    command = train(run) if command is None else command
     rng = random.Random(seed)
     hit = 0
     for attempt in range(kills + 1):
         known = (run / "config.yaml").exists()
         process = subprocess.Popen(
-            rlkit_command("resume", str(run)) if known else train(run),
+            rlkit_command("resume", str(run)) if known else command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
@@ -72,6 +81,17 @@ def test_five_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
     hit = kill_until_finished(tmp_path / "run", kills=5, seed=0)
     assert hit >= 1
     assert fingerprint(tmp_path / "run") == fingerprint(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("pmoe_ppo", ON_POLICY), ("arsq", RECORDED)], ids=["rollouts", "recordings, then online"]
+)
+def test_kills_of_other_ways_to_collect(name: str, setting: list[str], tmp_path: Path) -> None:
+    """In the middle of rollouts and epochs; while learning from recordings, and after."""
+    subprocess.run(train(tmp_path / "whole", name=name, setting=setting), check=True, capture_output=True)
+    command = train(tmp_path / "run", name=name, setting=setting)
+    assert kill_until_finished(tmp_path / "run", kills=2, seed=0, command=command) >= 1
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 
 @pytest.mark.slow
