@@ -105,7 +105,7 @@ def test_data_inspect(files: tuple[str, str], tmp_path: Path, capsys: pytest.Cap
     [
         (["data", "inspect", "absent.jsonl"], "no file `absent.jsonl`"),
         (["data", "inspect", "absent.jsonl", "--map", "prompt"], "--map: got 'prompt'; expected OURS=THEIRS"),
-        (["data", "make"], "invalid choice: 'make'"),
+        (["data", "mak"], "invalid choice: 'mak'"),
         (["train", "dpo", "--model", "./absent"], "`model`: there is no ./absent"),
         (["train", "dpo", "--data", "absent.jsonl"], "`model`: dpo needs a causal language model"),
     ],

@@ -366,7 +366,7 @@ class ARSQ(OfflineTrainer):
     policy_parts = ("normalizer", "critic")
     default_task: ClassVar[Mapping[str, Any]] = {
         "env": "rlkit/TwinThrust-v0", "data": "rlkit.envs.coordination:twin_thrust_data", "preset": "small",
-        "steps": 10_000, "log_every": 1_000, "eval_every": 2_000, "eval_episodes": 20,
+        "gamma": 0.95, "bc_coef": 0.1, "steps": 4_000, "log_every": 500, "eval_every": 1_000, "eval_episodes": 20,
     }  # fmt: skip
 
     critic: SoftCritic

@@ -119,19 +119,21 @@ def of_bin(values: Tensor, index: Tensor) -> Tensor:
 class CoarseToFineCritic(nn.Module):
     """N networks for the distributions of returns of each level, dimension and bin."""
 
+    value_net: ChoiceNet
+    advantage_net: ChoiceNet
     support: Tensor
 
     def __init__(self, obs_dim: int, action_dim: int, config: CQNConfig) -> None:
         super().__init__()
         net, self.levels, self.bins = config.policy_kwargs, config.levels, config.bins
         self.shape = (action_dim, config.bins, config.atoms)
-        sizes = {"value_net": action_dim * config.atoms, "advantage_net": action_dim * config.bins * config.atoms}
-        for name, kind in (("value_net", "v"), ("advantage_net", "a")):
-            outputs, widths = sizes[name], net.widths(kind)  # type: ignore[arg-type]
-            part = ChoiceNet(
-                net.n_critics, obs_dim, action_dim, config.levels, outputs, widths, net.activation_fn, net.ortho_init
-            )
-            setattr(self, name, part)
+
+        def part(outputs: int, widths: tuple[int, ...]) -> ChoiceNet:
+            shape = (net.n_critics, obs_dim, action_dim, config.levels, outputs)
+            return ChoiceNet(*shape, widths, net.activation_fn, net.ortho_init)
+
+        self.value_net = part(action_dim * config.atoms, net.widths("v"))
+        self.advantage_net = part(action_dim * config.bins * config.atoms, net.widths("a"))
         self.register_buffer("support", torch.zeros(config.atoms))
 
     def log_probability(self, obs: Tensor, centres: Tensor, start: int = 0) -> Tensor:
@@ -173,7 +175,7 @@ class CQN(OfflineTrainer):
     }
     default_task: ClassVar[Mapping[str, Any]] = {
         "env": "rlkit/TwinThrust-v0", "data": "rlkit.envs.coordination:twin_thrust_data", "preset": "small",
-        "steps": 10_000, "log_every": 1_000, "eval_every": 2_000, "eval_episodes": 20,
+        "gamma": 0.95, "bc_coef": 0.1, "steps": 4_000, "log_every": 500, "eval_every": 1_000, "eval_episodes": 20,
     }  # fmt: skip
 
     critic: CoarseToFineCritic
@@ -246,8 +248,9 @@ class CQN(OfflineTrainer):
                 following = self.critic.choose(next_obs)
                 next_p = of_bin(self.critic_target.of_action(next_obs, following).exp(), following)
                 support = self.critic.support
-                columns = (batch[name].unsqueeze(1) for name in ("reward", "discount", "terminated"))
-                target = project(next_p, td_target(*columns, support.expand(1, 1, -1)), support)
+                reward, discount, terminated = (batch[k].unsqueeze(1) for k in ("reward", "discount", "terminated"))
+                y = td_target(reward, discount, terminated, support.expand(1, 1, -1))  # (B, Z)
+                target = project(next_p, y, support)
             indices = encode(batch["action"], config.levels, config.bins)
             logp = self.critic.of_action(obs, indices)
         td = distribution_loss(of_bin(logp, indices), target)
