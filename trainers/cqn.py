@@ -274,10 +274,10 @@ class CQN(OfflineTrainer):
 
 def discounted_returns(data: RolloutBuffer) -> Tensor:
     """(n,) discounted rewards of recorded rows, in their order, to the end of their episodes."""
-    reward, discount, ends = (data[k] for k in ("reward", "discount", "terminated"))
-    ends = ends | data["truncated"]
-    returns, following = torch.empty_like(reward), 0.0
-    for i in range(len(reward) - 1, -1, -1):
-        following = float(reward[i]) + (0.0 if ends[i] else float(discount[i]) * following)
-        returns[i] = following
-    return returns
+    ends = (data["terminated"] | data["truncated"]).tolist()
+    returns, following = [], 0.0
+    columns = (data[name].tolist() for name in ("reward", "discount"))
+    for reward, discount, end in reversed(list(zip(*columns, ends, strict=True))):
+        following = reward + (0.0 if end else discount * following)
+        returns.append(following)
+    return torch.tensor(returns[::-1])
