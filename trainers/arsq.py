@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -74,8 +74,8 @@ class ARSQNetConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ARSQConfig(OfflineConfig):
-    """Defaults are the released code's for D4RL, of its settings for Hopper where these differ by dataset."""
+class BinsConfig(OfflineConfig):
+    """What trainers share whose actions are bins, and which learn from demonstrations."""
 
     batch_size: Count = 512
     """Transitions of an update, demonstrations included."""
@@ -85,22 +85,28 @@ class ARSQConfig(OfflineConfig):
     """Times that a dimension's range is divided."""
     bins: Annotated[int, limits.Ge(2)] = 7
     """Parts into which it is divided each time."""
+    td_coef: NonNegative = 1.0
+    """Weight of the loss of values."""
+    demo_fraction: Fraction = 0.5
+    """Part of a batch that is demonstrations, where there is `data`; the rest is drawn from all transitions."""
+    demo_band: Band = (0.0, 100.0)
+    """Which recorded episodes are demonstrations: percentiles of their returns, such as 70 100 for the best 30 %."""
+    bc_coef: NonNegative = 0.5
+    """Weight of behaviour cloning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARSQConfig(BinsConfig):
+    """Defaults are the released code's for D4RL, of its settings for Hopper where these differ by dataset."""
+
     zero_action: bool = True
     """Insist on a bin that is centred on 0, the action of doing nothing; it takes an odd number of `bins`."""
     temperature: Positive = 0.01
     """Alpha, in units of reward: of the advantages' normalisation, of the policy that explores, and of the entropy that
     values contain."""
-    td_coef: NonNegative = 1.0
-    """Weight of the soft consistency's loss."""
-    demo_fraction: Fraction = 0.5
-    """Part of a batch that is demonstrations, where there is `data`; the rest is drawn from all transitions."""
-    demo_band: Band = (0.0, 100.0)
-    """Which recorded episodes are demonstrations: percentiles of their returns, such as 70 100 for the best 30 %."""
     bc_type: Literal["cql", "margin", "margin_sum"] = "cql"
     """Behaviour cloning: against the log-sum-exp of the other bins, or a hinge on each of them, averaged (`margin`) or
     summed (`margin_sum`) over bins."""
-    bc_coef: NonNegative = 0.5
-    """Weight of behaviour cloning."""
     bc_margin: float = -1.0
     """Where its penalty ends: a demonstrated bin that leads by -`bc_margin` is not pushed further. In units of reward;
     a positive one leaves alone even what is behind by less."""
@@ -333,6 +339,20 @@ class SoftCritic(nn.Module):
         return torch.stack(taken, 1).unflatten(1, (self.levels, self.action_dim))
 
 
+def track_critics(trainer: OfflineTrainer, critic: Callable[[int, int, Any], nn.Module]) -> None:
+    """Make and track what ARSQ and CQN have in common: critics and their targets, made by `critic(obs_dim, action_dim,
+    config)`, their optimiser, the normaliser of observations, the buffer of own transitions; and open the recording.
+    """
+    config: BinsConfig = trainer.config
+    online, target = (critic(trainer.obs_dim, trainer.action_dim, config) for _ in range(2))
+    target.requires_grad_(False).load_state_dict(online.state_dict())
+    normalizer = RunningNorm(trainer.obs_dim) if config.normalize_obs else ToFloat32()
+    trainer.track(normalizer=normalizer, critic=online, critic_target=target)
+    buffer = RolloutBuffer(config.buffer_size, trainer.transition_fields(), trainer.device, name="buffer_size")
+    trainer.track(critic_optimizer=Adam(online.parameters(), config.learning_rate), buffer=buffer)
+    trainer.open_data({"demonstrations": config.demo_band})
+
+
 # Settings of the released code for the datasets of D4RL; the name of an environment stands for `medium`.
 _MARGIN: dict[str, Any] = {"bc_type": "margin", "bc_coef": 0.1}
 _FINE: dict[str, Any] = {"levels": 1, "bins": 41}
@@ -380,18 +400,9 @@ class ARSQ(OfflineTrainer):
                 f"`bins`: got {config.bins}, with which no bin is centred on the action 0; give an odd number, or "
                 "`zero_action=False`"
             )
-        critic, target = (SoftCritic(self.obs_dim, self.action_dim, config) for _ in range(2))
-        target.requires_grad_(False).load_state_dict(critic.state_dict())
-        self.track(
-            normalizer=RunningNorm(self.obs_dim) if config.normalize_obs else ToFloat32(),
-            critic=critic,
-            critic_target=target,
-        )
-        self.track(critic_optimizer=Adam(critic.parameters(), config.learning_rate))
-        self.track(buffer=RolloutBuffer(config.buffer_size, self.transition_fields(), self.device, name="buffer_size"))
+        track_critics(self, SoftCritic)
         if config.act_with == "target":
             self.policy_parts = ("normalizer", "critic_target")  # type: ignore[misc]
-        self.open_data({"demonstrations": config.demo_band})
         self._update = self.compilable(self._step)
         self._explore = self.compilable(self._choose)
 

@@ -26,27 +26,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlkit.buffer import RolloutBuffer
-from rlkit.config import Count, Fraction, NonNegative
+from rlkit.config import NonNegative
 from rlkit.errors import UserError
-from rlkit.nets import RunningNorm, ToFloat32
-from rlkit.offline import Band, OfflineConfig, OfflineTrainer
+from rlkit.offline import OfflineTrainer
 from rlkit.optim import Adam, descend, polyak_
 from rlkit.trainer import Batch
-from rlkit.trainers.arsq import ARSQNetConfig, ChoiceNet, bc_loss, conditioning, decode, encode, td_target
+from rlkit.trainers.arsq import (
+    ARSQNetConfig,
+    BinsConfig,
+    ChoiceNet,
+    bc_loss,
+    conditioning,
+    decode,
+    encode,
+    td_target,
+    track_critics,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CQNConfig(OfflineConfig):
-    """ARSQ's fields where both have them, with its defaults; the paper's else."""
+class CQNConfig(BinsConfig):
+    """The paper's settings, where ARSQ has no such field."""
 
-    batch_size: Count = 512
-    """Transitions of an update, demonstrations included."""
-    tau: Fraction = 0.005
-    """Averaging rate of the target critics."""
-    levels: Count = 2
-    """Times that a dimension's range is divided."""
-    bins: Annotated[int, limits.Ge(2)] = 7
-    """Parts into which it is divided each time."""
     atoms: Annotated[int, limits.Ge(2)] = 51
     """Values of a return's distribution."""
     support: tuple[float, float] | Literal["auto"] = "auto"
@@ -54,12 +55,6 @@ class CQNConfig(OfflineConfig):
     below to w above them."""
     exploration_std: NonNegative = 0.1
     """Standard deviation of the noise on actions in [-1, 1]."""
-    td_coef: NonNegative = 1.0
-    """Weight of the distributions' loss."""
-    demo_fraction: Fraction = 0.5
-    """Part of a batch that is demonstrations, where there is `data`; the rest is drawn from all transitions."""
-    demo_band: Band = (0.0, 100.0)
-    """Which recorded episodes are demonstrations: percentiles of their returns."""
     bc_coef: NonNegative = 1.0
     """Weight of behaviour cloning: that a demonstrated bin's distribution dominates the others'."""
     bc_margin: NonNegative = 0.01
@@ -183,18 +178,8 @@ class CQN(OfflineTrainer):
     critic_optimizer: Adam
 
     def build(self) -> None:
-        config: CQNConfig = self.config
-        critic, target = (CoarseToFineCritic(self.obs_dim, self.action_dim, config) for _ in range(2))
-        target.requires_grad_(False).load_state_dict(critic.state_dict())
-        self.track(
-            normalizer=RunningNorm(self.obs_dim) if config.normalize_obs else ToFloat32(),
-            critic=critic,
-            critic_target=target,
-        )
-        self.track(critic_optimizer=Adam(critic.parameters(), config.learning_rate))
-        self.track(buffer=RolloutBuffer(config.buffer_size, self.transition_fields(), self.device, name="buffer_size"))
-        self.open_data({"demonstrations": config.demo_band})
-        for part in (critic, target):
+        track_critics(self, CoarseToFineCritic)
+        for part in (self.critic, self.critic_target):
             part.support.copy_(self._support())
         self._update = self.compilable(self._step)
 
