@@ -24,7 +24,7 @@ import json
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -211,7 +211,7 @@ def main(quick: bool = False) -> str:
     if not clocked.exists():
         append(clocked, speed(1 if quick else 5, ("off",) if quick else ("off", "on")))
     rows = read(raw)
-    text = report(rows, read(clocked))
+    text = report(rows, read(clocked), drawn)
     raw.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     figure(rows, raw.with_suffix(".png"))
     draw_ways(read(drawn), drawn.with_suffix(".png"))
@@ -264,7 +264,7 @@ def runs_of(rows: list[dict[str, str]]) -> dict[tuple[str, str], list[dict[str, 
     return found
 
 
-def report(rows: list[dict[str, str]], clocked: list[dict[str, str]]) -> str:
+def report(rows: list[dict[str, str]], clocked: list[dict[str, str]], drawn: Path) -> str:
     """Area, final return and modes by task and side, and what they say about the claims."""
     found = runs_of(rows)
     lines = []
@@ -282,7 +282,10 @@ def report(rows: list[dict[str, str]], clocked: list[dict[str, str]]) -> str:
         "Interquartile means over seeds with 95 % bootstrap intervals; the share of the rarer side is given seed by "
         "seed, and is 0.5 where both ways round are taken equally often."
     )
-    ways = "![Ways in ObstacleReach, coloured by the expert that acted](pmoe-trajectories.png)"
+    ways = (
+        f"![Ways in ObstacleReach, coloured by the expert that acted]({drawn.stem}.png)\n\nTen episodes a "
+        "seed, coloured by the expert that acted. " + used(read(drawn))
+    )
     where = sorted(
         {f"{r['processor']}, {r['cores']} cores, 1 thread a run, one run at a time; {r['versions']}" for r in rows}
     )
@@ -316,6 +319,20 @@ def claims(found: dict[tuple[str, str], list[dict[str, str]]]) -> str:
                 f"{side}; {len(runs) - len(shares)} never reached the goal."
             )
     return "\n".join(lines)
+
+
+def used(drawn: list[dict[str, str]]) -> str:
+    """How evenly the experts act in the episodes that are drawn."""
+    sentences = []
+    for side in [side for side in DRAWN if side != "SAC"]:
+        steps: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in drawn:
+            if row["side"] == side:
+                steps[row["seed"]].update(row["expert"].split())
+        shares = [max(counts.values()) / counts.total() for _, counts in sorted(steps.items())]
+        if shares:
+            sentences.append(f"of {side}: {' '.join(f'{share:.2f}' for share in shares)}")
+    return "Share of the steps of the most used expert, seed by seed, " + "; ".join(sentences) + "."
 
 
 def timing(clocked: list[dict[str, str]]) -> str:
@@ -372,7 +389,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         row[0].set_ylabel("return")
     for axis in axes[-1]:
         axis.set_xlabel("thousand environment steps")
-    seeds = min(len(runs) for runs in found.values())
+    seeds = "-".join(map(str, sorted({len(runs) for runs in found.values()})))
     canvas.suptitle(f"interquartile mean over {seeds} seeds, 95 % bootstrap interval", fontsize=9)
     canvas.tight_layout()
     canvas.savefig(path, dpi=90)
@@ -394,7 +411,7 @@ def draw_ways(rows: list[dict[str, str]], path: Path) -> None:
     size = (1.9 * len(seeds) + 0.3, 1.95 * len(sides) + 0.3)
     canvas, axes = plt.subplots(len(sides), len(seeds), figsize=size, squeeze=False)
     colours = np.array(["tab:blue", "tab:orange", "tab:green", "tab:red"])
-    for line, side in zip(axes, sides, strict=True):
+    for number, (line, side) in enumerate(zip(axes, sides, strict=True)):
         for axis, seed in zip(line, seeds, strict=True):
             for centre in OBSTACLES:
                 axis.add_patch(plt.Circle(centre, RADIUS, color="0.6"))
@@ -407,7 +424,7 @@ def draw_ways(rows: list[dict[str, str]], path: Path) -> None:
                     lines = LineCollection(list(segments), colors=list(colours[experts]), linewidths=0.9)
                     axis.add_collection(lines)
             axis.set(xlim=(-ARENA, ARENA), ylim=(-ARENA, ARENA), aspect="equal", xticks=[], yticks=[])
-            if line is axes[0]:
+            if number == 0:
                 axis.set_title(f"seed {seed}", fontsize=8)
         line[0].set_ylabel(side, fontsize=8)
     canvas.tight_layout(pad=0.4)

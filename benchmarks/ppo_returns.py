@@ -47,7 +47,9 @@ def maker(task: str) -> Callable[[], Any]:
 
     def make() -> gym.Env:
         env = gym.make(task)
-        return gym.wrappers.RescaleAction(env, -1.0, 1.0) if isinstance(env.action_space, gym.spaces.Box) else env
+        if isinstance(env.action_space, gym.spaces.Box):
+            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        return env
 
     return make
 
