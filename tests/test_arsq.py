@@ -244,7 +244,7 @@ SMALL: dict[str, Any] = {
     "demo_fraction": 0.0,
     "offline_steps": "all",
     "learning_rate": 3e-3,
-    "batch_size": 128,
+    "batch_size": 64,
     "tau": 0.1,
     "policy_kwargs": {"net_arch": [32, 32]},
     "device": "cpu",
@@ -284,7 +284,7 @@ def test_the_matrix_game_is_learned_exactly(temperature: float, value: float) ->
     """
     r = torch.tensor([1.0, -1.0, 0.1, -1.0])
     assert float(temperature * torch.logsumexp(r / temperature, 0)) == pytest.approx(value, abs=1e-3)
-    agent = learned(matrix_game(), 1_500, temperature=temperature, learning_rate_schedule="linear")
+    agent = learned(matrix_game(), 1_000, temperature=temperature, learning_rate_schedule="linear")
     v, q = q_table(agent)
     torch.testing.assert_close(q, r, atol=0.03, rtol=0)
     assert float(v) == pytest.approx(value, abs=0.03)
@@ -297,7 +297,7 @@ def test_parity_is_learned_where_choices_see_each_other(d: int) -> None:
     1 / (1 + e^-10), and V = 1 + 0.1 log 2^(d-1). Without conditioning, half of them are right.
     """
     data = parity_data(d, transitions=2_000)
-    agent = learned(data, 1_500, temperature=0.1, learning_rate_schedule="linear")
+    agent = learned(data, 1_000, temperature=0.1, learning_rate_schedule="linear")
     obs = np.zeros((400, 1), np.float32)
     even = np.prod(np.sign(agent.predict(obs)[0]), axis=1) > 0
     assert even.mean() >= 0.98
@@ -309,7 +309,7 @@ def test_parity_is_learned_where_choices_see_each_other(d: int) -> None:
         torch.testing.assert_close(
             (advantage[:, 0, 1, 1] / 0.1).exp(), torch.full((2,), 1 / (1 + math.exp(-10))), atol=2e-3, rtol=0
         )
-    blind = learned(data, 1_500, temperature=0.1, conditioning="none")
+    blind = learned(data, 500, temperature=0.1, conditioning="none")
     even = np.prod(np.sign(blind.predict(obs)[0]), axis=1) > 0
     assert 0.35 <= even.mean() <= 0.65
 
@@ -332,7 +332,7 @@ def test_values_contain_the_entropy_and_stop_at_terminal_states(terminal: bool, 
     once = 1 + 0.1 * 2 * math.log(2)
     assert value == pytest.approx(once if terminal else once / 0.1, rel=1e-3)
     agent = learned(
-        lasting(terminal), 2_000, temperature=0.1, gamma=0.9, tau=0.3, learning_rate=1e-2,
+        lasting(terminal), 1_000, temperature=0.1, gamma=0.9, tau=0.3, learning_rate=1e-2,
         learning_rate_schedule="linear",
     )  # fmt: skip
     assert float(q_table(agent)[0]) == pytest.approx(value, rel=0.01)
