@@ -6,7 +6,8 @@ hyperparameters are those of RL Baselines3 Zoo without its schedules and without
 (CartPole-v1, Pendulum-v1), and Stable-Baselines3's defaults (Hopper-v5). Both act in [-1, 1]: in Stable-Baselines3
 actions are in the environment's units, so there `gymnasium.wrappers.RescaleAction` makes them the same.
 
-Question: is rlkit's return at the last step within the 95 % Student interval of Stable-Baselines3's over seeds?
+Questions: is rlkit's return at the last step within the 95 % Student interval of Stable-Baselines3's over seeds? And is
+the mean difference of runs of one seed, which are evaluated from the same starts, different from 0?
 """
 
 from __future__ import annotations
@@ -26,18 +27,17 @@ PACKAGES = ("rlkit-trainers", "torch", "stable-baselines3", "gymnasium", "mujoco
 # `every` is a multiple of n_envs times n_steps, so that no rollout is cut by an evaluation.
 TASKS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {
-        "steps": 25_600, "every": 2_560, "n_envs": 8,
+        "seeds": 10, "steps": 25_600, "every": 2_560, "n_envs": 8,
         "fields": {
             "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "learning_rate": 1e-3,
         },
     },
     "Pendulum-v1": {
-        "steps": 81_920, "every": 8_192, "n_envs": 4,
+        "seeds": 10, "steps": 81_920, "every": 8_192, "n_envs": 4,
         "fields": {"n_steps": 1024, "gamma": 0.9, "learning_rate": 1e-3},
     },
-    "Hopper-v5": {"steps": 49_152, "every": 6_144, "n_envs": 1, "fields": {}},
+    "Hopper-v5": {"seeds": 5, "steps": 49_152, "every": 6_144, "n_envs": 1, "fields": {}},
 }  # fmt: skip
-SEEDS = 5
 LABELS = {"sb3": "Stable-Baselines3 PPO", "rlkit": "rlkit PMOEPPO, one expert"}
 
 
@@ -101,7 +101,7 @@ def main(quick: bool = False) -> str:
     tasks = {"CartPole-v1": {**TASKS["CartPole-v1"], "steps": 10_240}} if quick else TASKS
     done = {(r["task"], r["side"], int(r["seed"])) for r in read(raw)}
     for task, setting in tasks.items():
-        for seed in range(1 if quick else SEEDS):
+        for seed in range(1 if quick else setting["seeds"]):
             for side in LABELS:
                 if (task, side, seed) not in done:
                     job = (task, side, seed, setting["steps"], setting["every"], raw)
@@ -115,9 +115,9 @@ def main(quick: bool = False) -> str:
 
 
 def curves(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """task -> side -> step -> mean returns of the seeds."""
+    """task -> side -> step -> mean returns in the order of the seeds."""
     found: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in rows:
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
         found[row["task"]][row["side"]][int(row["step"])].append(float(row["mean_return"]))
     return found
 
@@ -135,8 +135,18 @@ def report(rows: list[dict[str, str]]) -> str:
             inside = "" if side == "sb3" else "n=1, no interval" if np.isnan(theirs[1]) else None
             if inside is None:
                 inside = "yes" if theirs[1] <= mean <= theirs[2] else "above" if mean > theirs[2] else "below"
-            lines.append([task, f"{last:,}", label, str(len(values)), text, inside])
-    header = ["task", "steps", "side", "seeds", "mean return [95 %]", "inside Stable-Baselines3's interval"]
+            pairs = interval([a - b for a, b in zip(values, sides["sb3"][last], strict=True)])
+            less = "" if side == "sb3" or np.isnan(pairs[1]) else "{:.0f} [{:.0f}, {:.0f}]".format(*pairs)
+            lines.append([task, f"{last:,}", label, str(len(values)), text, inside, less])
+    header = [
+        "task",
+        "steps",
+        "side",
+        "seeds",
+        "mean return [95 %]",
+        "inside Stable-Baselines3's interval",
+        "difference",
+    ]
     where = {f"{r['processor']}, {r['cores']} cores, 1 thread a run, one run at a time; {r['versions']}" for r in rows}
     return table(header, lines) + "\n\n" + "\n".join(sorted(where))
 
