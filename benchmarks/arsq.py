@@ -51,7 +51,7 @@ BANDIT: dict[str, Any] = {
     **SMALL, "env": PARITY, "levels": 1, "bins": 2, "temperature": 0.1, "bc_coef": 0.0, "offline_steps": "all",
     "learning_rate": 3e-3,
 }  # fmt: skip
-POINT: dict[str, Any] = {**SMALL, "env": THRUST, "gamma": 0.95, "bc_coef": 0.05}
+POINT: dict[str, Any] = {**SMALL, "env": THRUST, "gamma": 0.95, "bc_coef": 0.1, "levels": 1, "bins": 15}
 MUJOCO: dict[str, Any] = {
     "batch_size": 128, "policy_kwargs": {"net_arch": (128, 128)}, "offline_steps": 5_000, "learning_starts": 0,
 }  # fmt: skip
