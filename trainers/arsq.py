@@ -386,7 +386,8 @@ class ARSQ(OfflineTrainer):
     policy_parts = ("normalizer", "critic")
     default_task: ClassVar[Mapping[str, Any]] = {
         "env": "rlkit/TwinThrust-v0", "data": "rlkit.envs.coordination:twin_thrust_data", "preset": "small",
-        "gamma": 0.95, "bc_coef": 0.1, "levels": 1, "bins": 15, "steps": 4_000, "log_every": 500, "eval_every": 1_000, "eval_episodes": 20,
+        "gamma": 0.95, "bc_coef": 0.1, "levels": 1, "bins": 15, "steps": 4_000, "log_every": 500,
+        "eval_every": 1_000, "eval_episodes": 20,
     }  # fmt: skip
 
     critic: SoftCritic
