@@ -170,7 +170,7 @@ class CQN(OfflineTrainer):
     }
     default_task: ClassVar[Mapping[str, Any]] = {
         "env": "rlkit/TwinThrust-v0", "data": "rlkit.envs.coordination:twin_thrust_data", "preset": "small",
-        "gamma": 0.95, "bc_coef": 0.1, "levels": 1, "bins": 15, "steps": 4_000, "log_every": 500,
+        "gamma": 0.95, "bc_coef": 0.1, "levels": 2, "bins": 5, "steps": 4_000, "log_every": 500,
         "eval_every": 1_000, "eval_episodes": 20,
     }  # fmt: skip
 
