@@ -83,6 +83,7 @@ class OfflineTrainer(ControlTrainer):
         self._saved_data: Mapping[str, Any] | None = None
         self._any_data = False
         self._about_data: dict[str, str] = {}
+        config = _absolute(config) if isinstance(config, self.Config) else config
         source = fields.get("data") if config is None else getattr(config, "data", None)
         env_given = env is not None or (fields.get("env") if config is None else getattr(config, "env", None))
         if self._fresh and source is not None and not env_given:
@@ -94,6 +95,10 @@ class OfflineTrainer(ControlTrainer):
             else:
                 config = replace(config, env=self._recorded.env_id)
         super().__init__(env, *args, config=config, saved=saved, **fields)
+
+    @classmethod
+    def make_config(cls, fields: Mapping[str, Any], source: str = "") -> Any:
+        return _absolute(super().make_config(fields, source))
 
     @classmethod
     def is_object(cls, key: str, value: Any) -> bool:
@@ -139,7 +144,7 @@ class OfflineTrainer(ControlTrainer):
                 f"{type(self).__name__}.load(folder, data=...)"
             )
         module, _, name = source.partition(":")
-        if not name or module == "minari" or Path(source).exists():
+        if not name or offline.is_recording(source) or Path(source).exists():
             return offline.read(source)
         try:
             made = getattr(importlib.import_module(module), name)()
@@ -270,3 +275,9 @@ class OfflineTrainer(ControlTrainer):
     def load_state(self, files: Mapping[str, Any]) -> None:
         super().load_state(files)
         self._saved_data = files["state"]["data"]
+
+
+def _absolute(config: Any) -> Any:
+    """`config` with a local path made absolute, so that the run can be resumed from any folder."""
+    place = Path(config.data).expanduser() if config.data else None
+    return replace(config, data=str(place.resolve())) if place is not None and place.exists() else config

@@ -176,6 +176,15 @@ def test_other_data_at_resume_is_refused_unless_allowed(tmp_path: Path) -> None:
     assert rlkit.load(run, inference=True).evaluate(1)["eval/episodes"] == 1
 
 
+def test_a_run_finds_its_data_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "data.npz", **parity_data(2, 100))
+    monkeypatch.chdir(tmp_path)
+    close(arsq("data.npz", "rlkit/ParityBandit-v0", out="run").learn(20))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert rlkit.resume("../run").learn(10).clock == 30
+
+
 def test_python_data_has_to_be_given_again(tmp_path: Path) -> None:
     data = parity_data(2, 100)
     saved = arsq(data, "rlkit/ParityBandit-v0").learn(10).save(tmp_path / "saved")
