@@ -49,7 +49,19 @@ def own_trainer(out: str) -> None:
     assert "stopped at 1000, resumed to 2000: equal to the uninterrupted run: True" in out
 
 
-CHECKS: dict[str, Callable[[str], None]] = {f.__name__: f for f in (own_environment, own_reward, own_trainer)}
+def from_recordings(out: str) -> None:
+    (recorded,) = numbers(r"recorded: 200 episodes, mean return (\S+)", out)
+    learned, successes = numbers(r"learned offline: (\S+), (\d+)% reach", out)
+    assert recorded < 0 < 10 < learned
+    assert successes >= 90
+    (again,) = numbers(r"recorded anew: 10 episodes, mean return (\S+), rlkit/TwinThrust-v0", out)
+    (best,) = numbers(r"the better half: 5 episodes, mean return (\S+)", out)
+    assert 9 < again < best
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    f.__name__: f for f in (own_environment, own_reward, own_trainer, from_recordings)
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
