@@ -286,9 +286,7 @@ def report(rows: list[dict[str, str]], clocked: list[dict[str, str]], drawn: Pat
         f"![Ways in ObstacleReach, coloured by the expert that acted]({drawn.stem}.png)\n\nTen episodes a "
         "seed, coloured by the expert that acted. " + used(read(drawn))
     )
-    where = sorted(
-        {f"{r['processor']}, {r['cores']} cores, 1 thread a run, one run at a time; {r['versions']}" for r in rows}
-    )
+    where = sorted({f"{r['processor']}, {r['cores']} cores, 1 thread a run; {r['versions']}" for r in rows})
     return "\n\n".join([table(header, lines), about, claims(found), timing(clocked), ways, *where])
 
 

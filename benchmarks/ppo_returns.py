@@ -147,7 +147,7 @@ def report(rows: list[dict[str, str]]) -> str:
         "inside Stable-Baselines3's interval",
         "difference",
     ]
-    where = {f"{r['processor']}, {r['cores']} cores, 1 thread a run, one run at a time; {r['versions']}" for r in rows}
+    where = {f"{r['processor']}, {r['cores']} cores, 1 thread a run; {r['versions']}" for r in rows}
     return table(header, lines) + "\n\n" + "\n".join(sorted(where))
 
 
