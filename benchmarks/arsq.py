@@ -1,11 +1,11 @@
 """ARSQ's claims: choices that see each other, against dimensions valued one by one; from poor data, and in MuJoCo.
 
 Coordination: tasks in which the dimensions of an action have to fit together (`rlkit.envs.coordination`), learned from
-recordings of mixed quality. Sides are ARSQ; its ablations, in which a level's choices do not see each other (`level`),
-or no choice sees any other (`none`); CQN, which values dimensions one by one, with terminal states and a support from
-the data; and behaviour cloning, ARSQ without its consistency. Bandits score the mean reward of 200 actions of the
-policy with its noise, so a policy that cannot choose has 0.5; the point of `rlkit/TwinThrust-v0` scores the mean return
-of 30 deterministic episodes.
+recordings of mixed quality. Sides are ARSQ; the same blind, no choice seeing any other (with one level of bins this is
+the same as a level's choices not seeing each other); CQN, which values dimensions one by one, with terminal states and
+a support from the data; and behaviour cloning, ARSQ without its consistency. Bandits score the mean reward of 200
+actions of the policy with its noise, so a policy that cannot choose has 0.5; the point of `rlkit/TwinThrust-v0` scores
+the mean return of 30 deterministic episodes.
 
 MuJoCo: the suite trains SAC, records the episodes in its replay buffer (from random to mediocre), and lets ARSQ and CQN
 learn from them, first offline, then online. Both have the same networks, batches and bins. Scores are mean returns of
@@ -41,8 +41,7 @@ RAW = RESULTS / "raw" / "arsq"
 PARITY, THRUST = "rlkit/ParityBandit-v0", "rlkit/TwinThrust-v0"
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "ARSQ": ("arsq", {}),
-    "ARSQ, level": ("arsq", {"conditioning": "level"}),
-    "ARSQ, none": ("arsq", {"conditioning": "none"}),
+    "ARSQ, blind": ("arsq", {"conditioning": "none"}),
     "CQN": ("cqn", {}),
     "cloning": ("arsq", {"td_coef": 0.0, "bc_coef": 1.0, "demo_fraction": 1.0}),
 }
@@ -78,7 +77,7 @@ FIELDS_OF: dict[str, dict[str, Any]] = {
 def sides_of(task: str) -> tuple[str, ...]:
     if "sac" in TASKS[task]:
         return COMPARED
-    return tuple(SIDES) if "fields" in TASKS[task] and TASKS[task]["fields"]["env"] == THRUST else tuple(SIDES)[:4]
+    return tuple(SIDES) if TASKS[task]["data"] == "thrust" else ("ARSQ", "ARSQ, blind", "CQN")
 
 
 def data_of(task: str, seed: int) -> Any:
