@@ -209,7 +209,7 @@ def main(quick: bool = False) -> str:
             subprocess.run([sys.executable, __file__, *map(str, job), str(raw)], check=True)
             print(f"{time.strftime('%H:%M:%S')} done: {job[0]} {job[1]} seed {job[2]}", flush=True)
     if not clocked.exists():
-        append(clocked, speed(1 if quick else 5, ("off",) if quick else ("off", "on")))
+        append(clocked, speed(1 if quick else 3, ("off",) if quick else ("off", "on")))
     rows = read(raw)
     text = report(rows, read(clocked), drawn)
     raw.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
