@@ -401,7 +401,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         row[0].set_ylabel("return")
     for axis in axes[-1]:
         axis.set_xlabel("thousand environment steps")
-    seeds = "-".join(map(str, sorted({len(runs) for runs in found.values()})))
+    seeds = " to ".join(map(str, sorted({f([len(runs) for runs in found.values()]) for f in (min, max)})))
     canvas.suptitle(f"interquartile mean over {seeds} seeds, 95 % bootstrap interval", fontsize=9)
     canvas.tight_layout()
     canvas.savefig(path, dpi=90)
