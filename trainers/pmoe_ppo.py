@@ -238,10 +238,11 @@ class PMOEPPO(ControlTrainer):
     name = "pmoe_ppo"
     action_spaces = ("Box", "Discrete")
     default_task: ClassVar[Mapping[str, Any]] = {
-        "env": "Pendulum-v1", "gamma": 0.9, "learning_rate": 1e-3, "n_envs": 4, "n_steps": 1024, "steps": 100_000,
+        "env": "Pendulum-v1", "n_experts": 2, "gamma": 0.9, "learning_rate": 1e-3, "n_envs": 4, "n_steps": 1024,
+        "steps": 100_000,
     }  # fmt: skip
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "Pendulum-v1": {"n_envs": 4, "n_steps": 1024, "gamma": 0.9, "learning_rate": 1e-3},
+        "Pendulum-v1": {"n_experts": 2, "n_envs": 4, "n_steps": 1024, "gamma": 0.9, "learning_rate": 1e-3},
         "CartPole-v1": {
             "n_experts": 1, "n_envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98,
             "n_epochs": 20, "learning_rate": 1e-3, "learning_rate_schedule": "linear",
