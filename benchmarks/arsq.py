@@ -34,7 +34,7 @@ from typing import Any
 
 import common
 import numpy as np
-from common import RESULTS, append, interquartile, machine, ratio, read, table
+from common import RESULTS, append, interquartile, machine, ratio, read, runs_of, table
 
 PACKAGES = ("rlkit-trainers", "torch", "gymnasium", "mujoco", "minari", "numpy")
 RAW = RESULTS / "raw" / "arsq"
@@ -336,20 +336,9 @@ def main(quick: bool = False) -> str:
     return text
 
 
-def runs_of(rows: list[dict[str, str]]) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """(task, side) -> its runs, in this file's order."""
-    found: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for task in TASKS:
-        for side in SIDES:
-            runs = [row for row in rows if row["task"] == task and row["side"] == side]
-            if runs:
-                found[task, side] = sorted(runs, key=lambda run: int(run["seed"]))
-    return found
-
-
 def report(rows: list[dict[str, str]], clocked: list[dict[str, str]]) -> str:
     """Final scores and areas by task and side, ARSQ over CQN, and the time of both evaluations."""
-    found = runs_of(rows)
+    found = runs_of(rows, TASKS, SIDES)
     lines = []
     for (task, side), runs in found.items():
         figures = [shown(interquartile([float(run[key]) for run in runs])) for key in ("final", "area")]
@@ -404,7 +393,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = runs_of(rows)
+    found = runs_of(rows, TASKS, SIDES)
     tasks = list(dict.fromkeys(task for task, _ in found))
     columns = min(4, len(tasks))
     shape = (-(-len(tasks) // columns), columns)

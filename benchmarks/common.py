@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -112,6 +113,19 @@ def resampled(values: Sequence[float], rng: np.random.Generator) -> np.ndarray:
     drawn = rng.integers(len(values), size=(10_000, len(values)))
     means: np.ndarray = stats.trim_mean(np.asarray(values)[drawn], 0.25, axis=1)
     return means
+
+
+def runs_of(
+    rows: Iterable[Mapping[str, str]], tasks: Iterable[str], sides: Iterable[str]
+) -> dict[tuple[str, str], list[Mapping[str, str]]]:
+    """(task, side) -> its runs by seed, in the given order of tasks and sides."""
+    rows = list(rows)
+    found = {}
+    for place in itertools.product(tasks, list(sides)):
+        runs = [row for row in rows if (row["task"], row["side"]) == place]
+        if runs:
+            found[place] = sorted(runs, key=lambda run: int(run["seed"]))
+    return found
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -32,8 +32,7 @@ from typing import Any
 
 import common
 import numpy as np
-from common import RESULTS, append, machine, read, table
-from scipy import stats
+from common import RESULTS, append, differences, interquartile, machine, read, runs_of, table
 
 PACKAGES = ("rlkit-trainers", "torch", "gymnasium", "mujoco", "numpy")
 OBSTACLES, CHEETAH, HOPPER = "rlkit/ObstacleReach-v0", "HalfCheetah-v5", "Hopper-v5"
@@ -235,43 +234,15 @@ def speed(repeats: int, compiled: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def interquartile(values: Sequence[float]) -> tuple[float, float, float]:
-    """Interquartile mean and both ends of its 95 % bootstrap interval; NaN ends for one value."""
-    mean, low, high = differences(values, [0.0])
-    return (mean, low, high) if len(values) > 1 else (mean, float("nan"), float("nan"))
-
-
-def differences(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
-    """Interquartile mean of `values` less that of `others`, and its 95 % bootstrap interval: both are resampled."""
-    rng = np.random.default_rng(0)
-    found = [
-        stats.trim_mean(np.asarray(v)[rng.integers(len(v), size=(10_000, len(v)))], 0.25, axis=1)
-        for v in (values, others)
-    ]
-    low, high = np.percentile(found[0] - found[1], [2.5, 97.5])
-    return float(stats.trim_mean(values, 0.25) - stats.trim_mean(others, 0.25)), float(low), float(high)
-
-
 def rarer(run: dict[str, str]) -> float:
     """Share of the rarer side among the episodes that reached the goal; NaN where none did."""
     below, above = int(run["below"]), int(run["above"])
     return min(below, above) / (below + above) if below + above else float("nan")
 
 
-def runs_of(rows: list[dict[str, str]]) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """(task, side) -> its runs by seed, in this file's order of tasks and sides."""
-    found: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for task in TASKS:
-        for side in SIDES:
-            runs = [row for row in rows if row["task"] == task and row["side"] == side]
-            if runs:
-                found[task, side] = sorted(runs, key=lambda run: int(run["seed"]))
-    return found
-
-
 def report(rows: list[dict[str, str]], clocked: list[dict[str, str]], drawn: Path) -> str:
     """Area, final return and modes by task and side, and what they say about the claims."""
-    found = runs_of(rows)
+    found = runs_of(rows, TASKS, SIDES)
     lines = []
     for (task, side), runs in found.items():
         figures = [shown(interquartile([float(run[key]) for run in runs])) for key in ("area", "final")]
@@ -379,7 +350,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = runs_of(rows)
+    found = runs_of(rows, TASKS, SIDES)
     tasks = [task for task in TASKS if any(key[0] == task for key in found)]
     families = [f for f in (False, True) if any((side in ON_POLICY) == f for _, side in found)]
     size = (4.0 * len(tasks), 3.1 * len(families))

@@ -11,10 +11,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 import arsq
 import dpo_speed
 import pmoe
+import ppo_returns
 import sac_returns
 import sac_speed
 
-SUITES = {"sac-returns": sac_returns, "sac-speed": sac_speed, "dpo-speed": dpo_speed, "pmoe": pmoe, "arsq": arsq}
+SUITES = {
+    "sac-returns": sac_returns,
+    "sac-speed": sac_speed,
+    "dpo-speed": dpo_speed,
+    "pmoe": pmoe,
+    "ppo-returns": ppo_returns,
+    "arsq": arsq,
+}
 
 
 def main() -> int:

@@ -189,6 +189,7 @@ class PMOE(ControlTrainer):
 
     Config = PMOEConfig
     name = "pmoe"
+    chooses = True
     presets = PRESETS
     several_processes = True
     default_task: ClassVar[Mapping[str, Any]] = {

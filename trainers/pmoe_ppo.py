@@ -39,7 +39,7 @@ from rlkit.buffer import Field, RolloutBuffer
 from rlkit.config import Count, Fraction, NonNegative, Positive, Strict
 from rlkit.control import ControlConfig, ControlTrainer
 from rlkit.errors import UserError
-from rlkit.nets import MLP, ActivationName, Linear, RunningNorm, ToFloat32
+from rlkit.nets import MLP, ActivationName, Linear, RunningNorm, ToFloat32, orthogonal_
 from rlkit.optim import Adam, descend
 from rlkit.trainer import Batch
 from rlkit.trainers.pmoe import directions, draw, frequency_loss, gaussian_mixture_logp, pick
@@ -144,14 +144,6 @@ def approximate_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
     return (log_ratio.exp() - 1 - log_ratio).mean()
 
 
-def orthogonal_(module: nn.Module, gain: float) -> None:
-    """Orthogonal weights with `gain`, zero biases, in all linear layers of `module`."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)
-
-
 class GaussianExperts(nn.Module):
     """(B, obs) -> means (B, K, D), log standard deviations (K, D), log weights (B, K)."""
 
@@ -236,6 +228,7 @@ class PMOEPPO(ControlTrainer):
 
     Config = PMOEPPOConfig
     name = "pmoe_ppo"
+    chooses = True
     action_spaces = ("Box", "Discrete")
     default_task: ClassVar[Mapping[str, Any]] = {
         "env": "Pendulum-v1", "n_experts": 2, "gamma": 0.9, "learning_rate": 1e-3, "n_envs": 4, "n_steps": 1024,
