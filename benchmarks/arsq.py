@@ -344,6 +344,9 @@ def report(rows: list[dict[str, str]], clocked: list[dict[str, str]]) -> str:
         figures = [shown(interquartile([float(run[key]) for run in runs])) for key in ("final", "area")]
         lines.append([task, side, f"{int(runs[0]['steps']):,}", str(len(runs)), *figures, runs[0]["data"]])
     parts = [table(["task", "side", "steps", "seeds", "final score", "mean of five scores", "data"], lines)]
+    planned = sum(SEEDS * len(sides_of(task)) for task in TASKS)
+    if len(rows) < planned:
+        parts.append(f"Unfinished: {len(rows)} of {planned} runs; one seed has no interval.")
     compared = []
     for task in TASKS:
         if (task, "ARSQ") in found and (task, "CQN") in found and "sac" in TASKS[task]:

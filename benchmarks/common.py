@@ -101,11 +101,14 @@ def differences(values: Sequence[float], others: Sequence[float]) -> tuple[float
 
 
 def ratio(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
-    """The same of the quotient of two positive quantities."""
+    """The same of the quotient of two positive quantities; NaN ends where a side has one value."""
+    quotient = float(stats.trim_mean(values, 0.25) / stats.trim_mean(others, 0.25))
+    if min(len(values), len(others)) < 2:
+        return quotient, float("nan"), float("nan")
     rng = np.random.default_rng(0)
     first, second = resampled(values, rng), resampled(others, rng)
     low, high = np.percentile(first / second, [2.5, 97.5])
-    return float(stats.trim_mean(values, 0.25) / stats.trim_mean(others, 0.25)), float(low), float(high)
+    return quotient, float(low), float(high)
 
 
 def resampled(values: Sequence[float], rng: np.random.Generator) -> np.ndarray:
