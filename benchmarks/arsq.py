@@ -420,7 +420,8 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         axis.set_title(task, fontsize=9)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
-    axes.flat[0].legend(frameon=False, fontsize=7)
+    handles = [mpl.lines.Line2D([], [], color=f"C{number}", label=side) for number, side in enumerate(SIDES)]
+    axes.flat[0].legend(handles=handles, frameon=False, fontsize=7)
     canvas.suptitle(
         "score against steps: interquartile mean over seeds, 95 % interval; dotted: online from here", fontsize=9
     )
