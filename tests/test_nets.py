@@ -20,8 +20,10 @@ from rlkit.nets import (
     EnsembleLinear,
     EnsembleMLP,
     LearnedScalar,
+    Linear,
     RunningNorm,
     ToFloat32,
+    orthogonal_,
 )
 
 CPU = torch.device("cpu")
@@ -271,3 +273,16 @@ def test_to_float32_is_the_identity() -> None:
     module.update(torch.full((3, 2), 100.0))
     x = torch.tensor([[1, 200]], dtype=torch.uint8)
     assert torch.equal(module(x), torch.tensor([[1.0, 200.0]]))
+
+
+def test_orthogonal_weights_of_single_and_batched_layers() -> None:
+    """W W^T = gain^2 I over the smaller side, biases 0, and members differ."""
+    torch.manual_seed(0)
+    batched, single = EnsembleLinear(2, 3, 5), Linear(6, 4)
+    for module in (batched, single):
+        orthogonal_(module, 1.5)
+        assert not module.bias.any()
+    for matrix in batched.weight:  # (3, 5)
+        torch.testing.assert_close(matrix @ matrix.T, 1.5**2 * torch.eye(3))
+    torch.testing.assert_close(single.weight @ single.weight.T, 1.5**2 * torch.eye(4))
+    assert not torch.equal(batched.weight[0], batched.weight[1])
