@@ -11,7 +11,8 @@ A policy's input `observation` is (batch, obs_dim) float32: observations as the 
 training. The output `action`, (batch, *shape), is what the policy does without noise, scaled to the action space.
 Either file also says where it comes from: trainer, step, environment, both spaces.
 
-What was written is read again and compared with `trainer.predict(deterministic=True)` before the file appears.
+What was written is read again and compared with `trainer.predict(deterministic=True)` before the file appears. Of a
+trainer that `chooses` among alternatives, a few observations may be left out in which rounding turned a near tie.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from rlkit import export
 from rlkit.cli import main
 from rlkit.envs.spaces import flatten_obs, space_from_json
 from rlkit.errors import RlkitError, UserError
-from rlkit.export import TOLERANCE, Comparison, export_policy
+from rlkit.export import TOLERANCE, Comparison, _compare, export_policy
 
 SMALL: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [16, 16]}, "buffer_size": 400, "learning_starts": 40, "batch_size": 16,
@@ -367,3 +367,26 @@ def test_lines_for_people() -> None:
         "largest difference to `predict`, of half the action range: 1.2e-07 (1,000 observations of the space, "
         "40 of an episode)"
     ]
+
+
+def test_turned_ties_of_a_choosing_policy_are_counted_up_to_one_in_a_hundred() -> None:
+    """Of 1,000 observations 10 may differ, 11 may not; where nothing is chosen, not one may, and NaN never."""
+    agent = rlkit.ARSQ("Pendulum-v1", policy_kwargs={"net_arch": [8]}, device="cpu")
+
+    def turned(n: int, value: float = 5.0) -> Callable[[np.ndarray], np.ndarray]:
+        def actions(observations: np.ndarray) -> np.ndarray:
+            found = agent.predict(observations, deterministic=True)[0].copy()
+            found[:n] = value
+            return found
+
+        return actions
+
+    found = _compare(agent, turned(10), [], "")
+    assert (found.ties, found.difference) == (10, 0.0)
+    assert "in 10 of them a choice between nearly equal alternatives fell otherwise" in list(found.lines())
+    for actions in (turned(11), turned(1, np.nan)):
+        with pytest.raises(RlkitError, match="differs from `predict`"):
+            _compare(agent, actions, [], "")
+    agent.chooses = False
+    with pytest.raises(RlkitError, match="differs from `predict`"):
+        _compare(agent, turned(1), [], "")

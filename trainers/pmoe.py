@@ -189,7 +189,6 @@ class PMOE(ControlTrainer):
 
     Config = PMOEConfig
     name = "pmoe"
-    chooses = True
     presets = PRESETS
     several_processes = True
     default_task: ClassVar[Mapping[str, Any]] = {

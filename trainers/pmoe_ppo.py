@@ -228,7 +228,6 @@ class PMOEPPO(ControlTrainer):
 
     Config = PMOEPPOConfig
     name = "pmoe_ppo"
-    chooses = True
     action_spaces = ("Box", "Discrete")
     default_task: ClassVar[Mapping[str, Any]] = {
         "env": "Pendulum-v1", "n_experts": 2, "gamma": 0.9, "learning_rate": 1e-3, "n_envs": 4, "n_steps": 1024,
