@@ -5,14 +5,16 @@ hyperparameters but for what their name says; networks and batches are small, so
 
 Area: the mean over the run of ten evaluations' mean returns, so it has the unit of a return. Given are interquartile
 means over seeds with 95 % bootstrap intervals (percentiles of 10,000 resamples of the seeds). Evaluations are of
-deterministic policies (PMOE's takes the mean of the expert of the largest weight), five episodes each; in
-`rlkit/ObstacleReach-v0`, where those would be one episode five times, of the policies with their noise, ten each.
+deterministic policies (PMOE's takes the mean of the expert of the largest weight), five episodes each; in the bimodal
+tasks, where those would be one episode five times, of the policies with their noise.
 
-Modes: after training, 100 episodes of the policy with its noise in `rlkit/ObstacleReach-v0`, which has two ways round
-an obstacle. Reported are the share of episodes that reach the goal, and among these the share of the rarer side: 0.5 is
-both ways equally often, 0 one way only. All sides learn this task with the reward module that pays for coming nearer to
-the goal (`rlkit.envs.obstacles.approach`), and SAC's family by sums over five steps; without these none reaches the
-goal. Returns are in the task's own reward.
+Bimodal tasks: `rlkit/TwoPeaks-v0`, a bandit with two best actions (once with SAC's own temperature, once "cool", with a
+fixed one of 0.02), and `rlkit/ObstacleReach-v0`, with two ways round an obstacle. After training, many episodes of the
+policy with its noise are counted: the share that succeeds (at a peak; in the goal), and the share of all that succeeds
+on the rarer side. A policy holds both solutions where this is a fifth or more; 0.5 is both equally often, 0 one only.
+All sides learn ObstacleReach with the reward module that pays for coming nearer to the goal
+(`rlkit.envs.obstacles.approach`), and SAC's family by sums over five steps; without these none reaches the goal.
+Returns are in the task's own reward.
 
 Speed: seconds of an update of PMOE with four experts as a multiple of SAC's, with SAC's default networks and batch, in
 turns in a process each.
@@ -36,7 +38,8 @@ from common import RESULTS, append, differences, interquartile, machine, read, r
 
 PACKAGES = ("rlkit-trainers", "torch", "gymnasium", "mujoco", "numpy")
 OBSTACLES, CHEETAH, HOPPER = "rlkit/ObstacleReach-v0", "HalfCheetah-v5", "Hopper-v5"
-SEEDS, EPISODES, POINTS = 5, 100, 10
+PEAKS, COOL = "rlkit/TwoPeaks-v0", "rlkit/TwoPeaks-v0, cool"
+SEEDS, POINTS = 5, 10
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "SAC": ("sac", {}),
     "PMOE": ("pmoe", {}),
@@ -53,20 +56,31 @@ ON_POLICY = ("PPO", "PMOE-PPO")
 MAIN = ("SAC", "PMOE", "PMOE, apart at first", *ON_POLICY)
 DRAWN = MAIN[:3]
 """Sides whose ways are drawn."""
+BANDIT: dict[str, Any] = {
+    "env": PEAKS, "steps": 3_000, "on_policy": 20_480, "net": (64, 64), "learning_starts": 500, "learning_rate": 1e-3,
+    "episodes": 200, "counted": 1_000,
+}  # fmt: skip
 TASKS: dict[str, dict[str, Any]] = {
+    PEAKS: BANDIT,
+    COOL: {**BANDIT, "ent_coef": 0.02},
     OBSTACLES: {
         "steps": 30_000, "on_policy": 100_000, "net": (64, 64), "learning_starts": 2_000, "n_steps": 5,
-        "reward": ("rlkit.envs.obstacles:approach", "scale=0.1"),
+        "reward": ("rlkit.envs.obstacles:approach", "scale=0.1"), "episodes": 10, "counted": 100,
     },
     CHEETAH: {"steps": 40_000, "on_policy": 60_000, "net": (128, 128), "learning_starts": 1_000},
     HOPPER: {"steps": 20_000, "on_policy": 60_000, "net": (128, 128), "learning_starts": 1_000},
 }  # fmt: skip
+BIMODAL = tuple(task for task, setting in TASKS.items() if "counted" in setting)
+BOTH = 0.2
+"""Least share of episodes on the rarer side of a policy that holds both solutions."""
 PHASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (OBSTACLES, ("SAC", "PMOE", *ON_POLICY)),
     (HOPPER, ("SAC", "PMOE", *ON_POLICY)),
     (OBSTACLES, ("PMOE, apart at first",)),
     (CHEETAH, ("SAC", "PMOE", *ON_POLICY)),
     (OBSTACLES, tuple(side for side in SIDES if side not in MAIN)),
+    (PEAKS, tuple(SIDES)),
+    (COOL, tuple(side for side in SIDES if side not in ON_POLICY)),
 )
 """A task and sides, in the order in which they run, each with all seeds."""
 
@@ -76,14 +90,16 @@ def agent_of(side: str, task: str, seed: int, compile: str) -> Any:
 
     name, fields = SIDES[side]
     setting = TASKS[task]
+    env = setting.get("env", task)
     fields = {**fields, "seed": seed, "device": "cpu", "eval_episodes": 0}
     if name == "pmoe_ppo":
         reward = (*setting.get("reward", ())[:1], "normalize")
         fields |= {"n_envs": 4, "n_steps": 512, "normalize_obs": True, "reward": reward, "compile": compile}
-        return rlkit.PMOEPPO(task, **fields)
-    fields |= {key: setting[key] for key in ("learning_starts", "n_steps", "reward") if key in setting}
+        return rlkit.PMOEPPO(env, **fields)
+    shared = ("learning_starts", "n_steps", "reward", "learning_rate", "ent_coef")
+    fields |= {key: setting[key] for key in shared if key in setting}
     fields |= {"policy_kwargs": {"net_arch": setting["net"]}, "batch_size": 128, "compile": compile}
-    return (rlkit.SAC if name == "sac" else rlkit.PMOE)(task, **fields)
+    return (rlkit.SAC if name == "sac" else rlkit.PMOE)(env, **fields)
 
 
 def run_one(task: str, side: str, seed: int, steps: int, out: Path) -> None:
@@ -95,37 +111,39 @@ def run_one(task: str, side: str, seed: int, steps: int, out: Path) -> None:
 
     torch.set_num_threads(1)
     agent = agent_of(side, task, seed, "on" if steps > 10_000 else "off")
-    noisy = task == OBSTACLES
+    noisy, env, episodes = task in BIMODAL, TASKS[task].get("env", task), TASKS[task].get("episodes", 5)
     returns, spent = [], 0.0
     for _ in range(POINTS):
         began = time.perf_counter()
         agent.learn(steps // POINTS)
         spent += time.perf_counter() - began
-        result = evaluate(agent, lambda: gym.make(task), 10 if noisy else 5, seed=seed, deterministic=not noisy)
+        result = evaluate(agent, lambda: gym.make(env), episodes, seed=seed, deterministic=not noisy)
         assert result is not None
         returns.append(round(result.mean, 3))
     row: dict[str, Any] = {"task": task, "side": side, "seed": seed, "steps": steps}
     row |= {"returns": " ".join(map(str, returns)), "area": round(float(np.mean(returns)), 3), "final": returns[-1]}
-    row["below"], row["above"] = modes(agent, seed) if task == OBSTACLES else (-1, -1)
+    row["below"], row["above"] = modes(agent, task, seed) if noisy else (-1, -1)
     if task == OBSTACLES and side in DRAWN:
         append(out.with_name(out.name.replace("pmoe", "pmoe-trajectories")), ways(agent, side, seed))
     append(out, [{**row, "training_seconds": round(spent, 1), **machine(PACKAGES)}])
 
 
-def modes(agent: Any, seed: int) -> tuple[int, int]:
-    """Of `EPISODES` noisy episodes, those that reached the goal on either side of the obstacle."""
+def modes(agent: Any, task: str, seed: int) -> tuple[int, int]:
+    """Of a bimodal task's noisy episodes, those that succeeded on either side."""
     import gymnasium as gym
 
     from rlkit.evaluate import evaluate
 
-    sides = [0] * EPISODES
+    episodes = TASKS[task]["counted"]
+    sides = [0] * episodes
 
     def watch(index: int, env: gym.Env, obs: Any, action: Any) -> None:
         if action is None:
             sides[index] = env.unwrapped.side
 
+    env = TASKS[task].get("env", task)
     result = evaluate(
-        agent, lambda: gym.make(OBSTACLES), EPISODES, seed=seed, deterministic=False, parallel=EPISODES, watch=watch
+        agent, lambda: gym.make(env), episodes, seed=seed, deterministic=False, parallel=episodes, watch=watch
     )
     assert result is not None
     reached = [side for side, success in zip(sides, result.successes, strict=True) if success]
@@ -235,9 +253,8 @@ def speed(repeats: int, compiled: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def rarer(run: dict[str, str]) -> float:
-    """Share of the rarer side among the episodes that reached the goal; NaN where none did."""
-    below, above = int(run["below"]), int(run["above"])
-    return min(below, above) / (below + above) if below + above else float("nan")
+    """Share of a run's counted episodes that succeeded on the rarer side."""
+    return min(int(run["below"]), int(run["above"])) / int(TASKS[run["task"]]["counted"])
 
 
 def report(rows: list[dict[str, str]], clocked: list[dict[str, str]], drawn: Path) -> str:
@@ -246,17 +263,16 @@ def report(rows: list[dict[str, str]], clocked: list[dict[str, str]], drawn: Pat
     lines = []
     for (task, side), runs in found.items():
         figures = [shown(interquartile([float(run[key]) for run in runs])) for key in ("area", "final")]
-        if task == OBSTACLES:
-            reached = np.mean([int(run["below"]) + int(run["above"]) for run in runs]) / EPISODES
-            shares = " ".join("-" if np.isnan(share) else f"{share:.2f}" for share in map(rarer, runs))
-            figures += [f"{reached:.0%}", shares]
+        if task in BIMODAL:
+            reached = np.mean([int(run["below"]) + int(run["above"]) for run in runs]) / TASKS[task]["counted"]
+            figures += [f"{reached:.0%}", " ".join(f"{rarer(run):.2f}" for run in runs)]
         else:
             figures += ["", ""]
         lines.append([task, side, f"{int(runs[0]['steps']):,}", str(len(runs)), *figures])
-    header = ["task", "side", "steps", "seeds", "area", "final return", "reach the goal", "share of the rarer side"]
+    header = ["task", "side", "steps", "seeds", "area", "final return", "succeed", "on the rarer side"]
     about = (
-        "Interquartile means over seeds with 95 % bootstrap intervals; the share of the rarer side is given seed by "
-        "seed, and is 0.5 where both ways round are taken equally often."
+        "Interquartile means over seeds with 95 % bootstrap intervals; the share of all episodes that succeed on the "
+        f"rarer side is given seed by seed. From {BOTH} on, a policy counts as one that holds both solutions."
     )
     ways = (
         f"![Ways in ObstacleReach, coloured by the expert that acted]({drawn.stem}.png)\n\nTen episodes a "
@@ -271,35 +287,29 @@ def report(rows: list[dict[str, str]], clocked: list[dict[str, str]], drawn: Pat
 
 
 def claims(found: dict[tuple[str, str], list[dict[str, str]]]) -> str:
-    """Does the area of PMOE lie above its baseline's, and does it take both ways where the baseline takes one?"""
+    """Does the area of PMOE lie above its baseline's, and does it hold both solutions where the baseline does not?"""
     lines = []
     for task in TASKS:
-        for side, baseline in (("PMOE", "SAC"), ("PMOE, apart at first", "SAC"), ("PMOE-PPO", "PPO")):
-            if (task, side) not in found or (task, baseline) not in found:
+        for side in SIDES:
+            baseline = "PPO" if side in ON_POLICY else "SAC"
+            if side == baseline or (task, side) not in found or (task, baseline) not in found:
                 continue
             a, b = ([float(run["area"]) for run in found[task, name]] for name in (side, baseline))
             if min(len(a), len(b)) < SEEDS:
                 continue
             mean, low, high = differences(a, b)
-            verdict = (
-                "the claim shows" if low > 0 else "the contrary shows" if high < 0 else "no difference shows"
-            )  # fmt: skip
+            verdict = "more" if low > 0 else "less" if high < 0 else "no difference shows"
             lines.append(
                 f"- {task}: the area of {side} less that of {baseline} is {shown((mean, low, high))}: {verdict}."
             )
-    both: dict[str, int] = {}
-    for side in SIDES:
-        runs = found.get((OBSTACLES, side), [])
-        shares = [share for share in map(rarer, runs) if not np.isnan(share)]
-        both[side] = sum(share >= 0.1 for share in shares)
-        if runs:
-            lines.append(
-                f"- Both ways: the rarer side has a tenth of the successes or more in {both[side]} of {len(runs)} runs "
-                f"of {side}; {len(runs) - len(shares)} never reached the goal."
-            )
-    if all(len(found.get((OBSTACLES, side), [])) == SEEDS for side in ("SAC", "PMOE")):
-        shows = "shows" if both["PMOE"] > both["SAC"] else "does not show"
-        lines.append(f"- That PMOE holds several solutions where SAC holds one {shows} here.")
+    for task in BIMODAL:
+        counts = [
+            f"{side} {sum(rarer(run) >= BOTH for run in found[task, side])} of {len(found[task, side])}"
+            for side in SIDES
+            if (task, side) in found
+        ]
+        if counts:
+            lines.append(f"- {task}: runs that hold both solutions: {', '.join(counts)}.")
     return "\n".join(lines)
 
 
@@ -340,7 +350,9 @@ def timing(clocked: list[dict[str, str]]) -> str:
 
 def shown(values: tuple[float, float, float]) -> str:
     mean, low, high = values
-    return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    digits = 2 if max(map(abs, values)) < 10 else 1
+    interval = "" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{mean:.{digits}f}{interval}"
 
 
 def figure(rows: list[dict[str, str]], path: Path) -> None:
@@ -353,7 +365,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
     found = runs_of(rows, TASKS, SIDES)
     tasks = [task for task in TASKS if any(key[0] == task for key in found)]
     families = [f for f in (False, True) if any((side in ON_POLICY) == f for _, side in found)]
-    size = (4.0 * len(tasks), 3.1 * len(families))
+    size = (3.6 * len(tasks), 3.1 * len(families))
     canvas, axes = plt.subplots(len(families), len(tasks), figsize=size, squeeze=False)
     for row, on_policy in zip(axes, families, strict=True):
         for axis, task in zip(row, tasks, strict=True):

@@ -19,7 +19,8 @@ from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 
 import rlkit.envs.coordination
-import rlkit.envs.obstacles  # noqa: F401 (both register their tasks with gymnasium)
+import rlkit.envs.obstacles
+import rlkit.envs.peaks  # noqa: F401 (all three register their tasks with gymnasium)
 from rlkit.envs.given import GymVectorAdapter, SB3Adapter
 from rlkit.envs.own import TrackedAdapter
 from rlkit.envs.spaces import (
