@@ -46,6 +46,24 @@ MINARI = "minari:"
 METADATA = "metadata.json"  # of a Minari dataset, beside its data
 SHOWN = 24  # dimensions with a line of their own in a report
 NUMBERS = DTYPES | {"bool"}
+REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+}
+"""D4RL's returns of a random and of an expert policy (arXiv:2004.07219), whatever the environment's version."""
+
+
+def reference_returns(env_id: str | None) -> tuple[float, float] | None:
+    """Returns of a random and of an expert policy of a gymnasium id, where D4RL has them."""
+    return REFERENCE_RETURNS.get((env_id or "").rpartition("-v")[0])
+
+
+def normalized_score(mean_return: float, reference: tuple[float, float]) -> float:
+    """100 (R - random) / (expert - random), as D4RL and Minari report it."""
+    random, expert = reference
+    return 100.0 * (mean_return - random) / (expert - random)
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,7 @@ class Dataset:
         notes: lines for the user: what was dropped or assumed, with counts.
         cut_off: episodes whose recording stopped before their end; their last transition counts as truncated.
         env_spec: of the environment with its arguments, where the source says.
+        reference: returns of a random and of an expert policy, where the source says.
     """
 
     rows: dict[str, NDArray[Any]]
@@ -72,6 +91,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     cut_off: frozenset[int] = frozenset()
     env_spec: EnvSpec | None = None
+    reference: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         """Transitions."""
@@ -586,7 +606,10 @@ def _from_minari(dataset: minari.MinariDataset, source: str) -> Dataset:
     if unused:
         notes.append(f"infos not used: {', '.join(sorted(unused))}")
     columns = {name: np.concatenate(values) for name, values in parts.items()}
-    return _from_episodes(columns, np.array(lengths), numbers, dataset, space, source, notes)
+    found = _from_episodes(columns, np.array(lengths), numbers, dataset, space, source, notes)
+    bounds = raw.get("ref_min_score"), raw.get("ref_max_score")
+    known = all(isinstance(bound, int | float) and math.isfinite(bound) for bound in bounds) and bounds[0] != bounds[1]
+    return dataclasses.replace(found, reference=(float(bounds[0]), float(bounds[1]))) if known else found
 
 
 def _episode_observations(source: str, space: gym.Space[Any], episode: Any) -> NDArray[Any]:
@@ -682,6 +705,7 @@ def report(dataset: Dataset) -> list[str]:
         f"max {lengths.max():,}",
         f"returns: min {returns.min():.6g}, quartiles {' '.join(f'{q:.6g}' for q in quartiles)}, "
         f"max {returns.max():.6g}; mean {returns.mean():.6g}, std {_std(returns):.6g}",
+        *_scores(dataset),
         f"rewards: {rows['reward'].min():.6g} to {rows['reward'].max():.6g}, mean {rows['reward'].mean():.6g}",
         *_ranges("observations", rows["obs"], dataset.observation_space),
         *_ranges("actions", rows["action"], dataset.action_space),
@@ -690,6 +714,15 @@ def report(dataset: Dataset) -> list[str]:
         f"fingerprint: {dataset.fingerprint()}",
     ]
     return [*lines, *(f"note: {note}" for note in dataset.notes)]
+
+
+def _scores(dataset: Dataset) -> list[str]:
+    reference = dataset.reference or reference_returns(dataset.env_id)
+    if reference is None:
+        return []
+    random, expert = reference
+    score = normalized_score(float(dataset.returns.mean()), reference)
+    return [f"normalised score of the mean return: {score:.1f} (0 is {random:.6g}, 100 is {expert:.6g})"]
 
 
 def _std(values: NDArray[np.float64]) -> float:

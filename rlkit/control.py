@@ -57,7 +57,7 @@ class ControlConfig(RunConfig):
     env_timeout: Positive = 60.0
     """Seconds after which a `step` or `reset` that has not returned is reported as hanging."""
     reward: tuple[str, ...] = ()
-    """Reward modules, applied in turn: `scale=0.1`, `clip=-1,1`, `normalize`, `module:function`."""
+    """Reward modules, applied in turn: `scale=0.1`, `shift=-1`, `clip=-1,1`, `normalize`, `module:function`."""
     gamma: Fraction = 0.99
     """Discount factor."""
     normalize_obs: bool = False
@@ -441,20 +441,24 @@ class ControlTrainer(Trainer):
 
     def store(self, rows: dict[str, Any]) -> None:
         """Reward modules, n-step sums, then the buffer."""
-        if self.reward.modules:
-            shaped = self.reward(
-                {
-                    "rewards": rows["reward"],
-                    "observations": rows["obs"],
-                    "actions": rows["action"],
-                    "next_observations": rows["next_obs"],
-                    **{name: rows[name] for name in ("terminated", "truncated", "env")},
-                }
-            )
-            rows["reward"] = shaped.astype(np.float32)
+        rows["reward"] = self.shaped(rows)
         complete = self.n_step(rows)
         if complete is not None:
             self.buffer.add({name: complete[name] for name in self.buffer.fields})
+
+    def shaped(self, rows: Mapping[str, Any]) -> np.ndarray:
+        """Rewards of the environments' transitions as they are learned from: after the reward modules; (n,)."""
+        if not self.reward.modules:
+            rewards: np.ndarray = rows["reward"]
+            return rewards
+        columns = {
+            "rewards": rows["reward"],
+            "observations": rows["obs"],
+            "actions": rows["action"],
+            "next_observations": rows["next_obs"],
+            **{name: rows[name] for name in ("terminated", "truncated", "env")},
+        }
+        return self.reward(columns).astype(np.float32)
 
     def batch(self) -> Batch:
         return self.buffer.sample(self.share("batch_size"), self.rng["sample"])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlkit import processes
 from rlkit.buffer import RolloutBuffer
-from rlkit.config import Whole
+from rlkit.config import Positive, Whole
 from rlkit.control import ControlTrainer, OffPolicyConfig
 from rlkit.envs import offline
 from rlkit.envs.offline import Dataset
@@ -44,6 +44,9 @@ class OfflineConfig(OffPolicyConfig):
     returns one of them or arrays. None learns from the environment alone."""
     data_band: Band = (0.0, 100.0)
     """Which recorded episodes are learned from at all: percentiles of their returns."""
+    return_range: Positive | None = None
+    """Scale rewards by this over the difference between the largest and the least return of a recorded episode; own
+    transitions by the same factor. None leaves them as they are."""
     offline_steps: Whole | Literal["all"] = 0
     """Updates from the data alone before the first step of the environments; part of the budget. `all`: the
     environments serve evaluation only, and `--steps` counts updates."""
@@ -83,6 +86,7 @@ class OfflineTrainer(ControlTrainer):
         self._saved_data: Mapping[str, Any] | None = None
         self._any_data = False
         self._about_data: dict[str, str] = {}
+        self._reward_factor = 1.0
         config = _absolute(config) if isinstance(config, self.Config) else config
         source = fields.get("data") if config is None else getattr(config, "data", None)
         env_given = env is not None or (fields.get("env") if config is None else getattr(config, "env", None))
@@ -157,7 +161,8 @@ class OfflineTrainer(ControlTrainer):
         dataset = self._recorded or self._recording(str(config.data))
         self._recorded = None
         offline.check_spaces(dataset, self.observation_space, self.action_space)
-        found = {"fingerprint": dataset.fingerprint(), "transitions": len(dataset)}
+        reference = None if dataset.reference is None else list(dataset.reference)
+        found = {"fingerprint": dataset.fingerprint(), "transitions": len(dataset), "reference": reference}
         saved = self._saved_data
         if saved is not None and saved != found and not self._any_data:
             raise UserError(
@@ -174,7 +179,9 @@ class OfflineTrainer(ControlTrainer):
         n = len(dataset)
         columns = {name: rows[name] for name in ("obs", "next_obs", "terminated", "truncated")}
         columns["action"] = rows["action"] if self.scale is None else self.scale.from_env(rows["action"])
-        columns["reward"] = self._rewarded(rows, columns["action"]).astype(np.float32)
+        reward = self._rewarded(rows, columns["action"])
+        self._reward_factor = self._factor(np.bincount(rows["episode"], weights=reward))
+        columns["reward"] = (self._reward_factor * reward).astype(np.float32)
         columns["discount"] = np.full(n, config.gamma, np.float32)
         fields = self.transition_fields()
         self.data = RolloutBuffer(n, fields, self.device, name="data")
@@ -208,6 +215,23 @@ class OfflineTrainer(ControlTrainer):
             }
         )  # fmt: skip
 
+    def _factor(self, returns: Any) -> float:
+        """What rewards are multiplied by, given the recorded returns."""
+        config: OfflineConfig = self.config
+        if config.return_range is None:
+            return 1.0
+        spread = float(returns.max() - returns.min())
+        if spread == 0:
+            raise UserError(
+                f"`return_range`: got {config.return_range:g}, but all {len(returns):,} recorded returns are "
+                f"{returns[0]:g}; use `--reward scale=...` instead"
+            )
+        return config.return_range / spread
+
+    def shaped(self, rows: Mapping[str, Any]) -> Any:
+        rewards = super().shaped(rows)
+        return rewards if self._reward_factor == 1.0 else (self._reward_factor * rewards).astype(np.float32)
+
     def _describe_band(self, name: str, dataset: Dataset, inside: Any = slice(None)) -> None:
         returns, lengths = dataset.returns[inside], dataset.lengths[inside]
         self._about_data[name] = (
@@ -219,6 +243,24 @@ class OfflineTrainer(ControlTrainer):
         super().before_learning()
         if self.data is None and self.config.data is not None:
             self._load_data()
+
+    # Evaluating
+
+    def _evaluate(self, *args: Any) -> dict[str, Any] | None:
+        record = super()._evaluate(*args)
+        recorded = (self._saved_data or {}).get("reference")
+        reference = tuple(recorded) if recorded else offline.reference_returns(self.config.env)
+        if record is not None and reference is not None:
+            record["eval/normalized_score"] = offline.normalized_score(record["eval/mean_reward"], reference)
+        return record
+
+    def describe_evaluation(self, record: Mapping[str, Any]) -> str:
+        text, score = super().describe_evaluation(record), record.get("eval/normalized_score")
+        return text if score is None else f"{text}, normalised score {score:.1f}"
+
+    def evaluation_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        score = record.get("eval/normalized_score")
+        return super().evaluation_json(record) | ({} if score is None else {"normalized_score": score})
 
     # Learning
 

@@ -129,6 +129,26 @@ def check(dataset: offline.Dataset, episodes: list[Episode]) -> None:
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
+def test_reference_returns_of_a_minari_dataset_are_read_and_reported() -> None:
+    """As Minari's own `get_normalized_score`, times 100; D4RL's by the environment where there are none."""
+    episodes = cartpole()
+    dataset = write_minari("some/ref-v0", buffers(episodes), ref_min_score=-1.0, ref_max_score=9.0)
+    found = offline.read(dataset)
+    assert found.reference == (-1.0, 9.0)
+    assert found.band(50, 100).reference == (-1.0, 9.0)
+    mean = float(found.returns.mean())
+    score = 100 * float(minari.get_normalized_score(dataset, np.array([mean]))[0])
+    assert offline.normalized_score(mean, found.reference) == pytest.approx(score)
+    line = f"normalised score of the mean return: {score:.1f} (0 is -1, 100 is 9)"
+    assert line in offline.report(found)
+    plain = offline.read(write_minari("some/plain-v0", buffers(episodes)))
+    assert plain.reference is None
+    assert not any("normalised" in line for line in offline.report(plain))
+    assert offline.reference_returns("Hopper-v4") == offline.reference_returns("Hopper-v5") == (-20.272305, 3234.3)
+    assert offline.reference_returns("CartPole-v1") is None
+    assert offline.reference_returns(None) is None
+
+
 def test_the_episodes_of_these_tests_end_both_ways() -> None:
     assert LENGTHS[1] < 12
     assert EPISODES[1]["terminated"][-1]

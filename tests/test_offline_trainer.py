@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 
 import rlkit
 from rlkit import checkpoint
+from rlkit.envs import offline
 from rlkit.envs.coordination import parity_data, twin_thrust_data
 from rlkit.errors import UserError
 
@@ -130,6 +132,58 @@ def test_columns_are_those_of_own_transitions() -> None:
     torch.testing.assert_close(agent.data["reward"], expected)
     assert agent.data["discount"].tolist() == pytest.approx([0.9] * n)
     assert set(agent.data.fields) == set(agent.buffer.fields)
+
+
+def two_episodes(first: float, second: float) -> dict[str, Any]:
+    """Of the pendulum, three steps each, with these rewards."""
+    ends = np.array([False, False, True] * 2)
+    return {
+        "observations": np.zeros((6, 3), np.float32), "next_observations": np.zeros((6, 3), np.float32),
+        "actions": np.zeros((6, 1), np.float32), "rewards": np.repeat([first, second], 3), "terminals": ~ends & ends,
+        "timeouts": ends,
+    }  # fmt: skip
+
+
+def test_a_range_of_returns_scales_recorded_and_own_rewards(tmp_path: Path) -> None:
+    """Returns of -3 and -9, halved by a module, differ by 3: a range of 30 multiplies by another 10. Own rewards, too,
+    and those after a resumption; the statistics of episodes stay in the task's units."""
+    fields = {"reward": ["scale=0.5"], "return_range": 30.0, "offline_steps": 0, "out": str(tmp_path / "run")}
+    agent = arsq(two_episodes(-1, -3), "Pendulum-v1", **fields)
+    torch.testing.assert_close(agent.data["reward"], torch.tensor([-5.0] * 3 + [-15.0] * 3))
+    seen: list[tuple[float, float]] = []
+
+    def watch(trainer: Any) -> None:
+        own = trainer.buffer.rows(torch.tensor([len(trainer.buffer) - 1]))["reward"]
+        seen.append((float(own), float(trainer._last_step[1][0])))
+
+    agent.learn(20, callback=watch)
+    loaded = rlkit.load(tmp_path / "run", data=two_episodes(-1, -3)).learn(5, callback=watch)
+    close(loaded)
+    assert len(seen) == 25
+    ours, raw = np.array(seen).T
+    np.testing.assert_allclose(ours, 5 * raw, rtol=1e-5)
+    with pytest.raises(UserError, match="all 2 recorded returns are -3"):
+        arsq(two_episodes(-1, -1), "Pendulum-v1", return_range=1.0)
+
+
+def test_evaluations_have_a_normalised_score_where_there_is_a_reference(tmp_path: Path) -> None:
+    """D4RL's by the environment; what the recording says goes before it, and is saved; elsewhere there is none."""
+    data = {
+        "observations": np.zeros((4, 11)), "next_observations": np.zeros((4, 11)), "rewards": np.ones(4),
+        "actions": np.zeros((4, 3), np.float32), "terminals": np.arange(4) == 3, "timeouts": np.zeros(4, bool),
+    }  # fmt: skip
+    record = arsq(data, "Hopper-v5").evaluate(1)
+    assert record["eval/normalized_score"] == pytest.approx((record["eval/mean_reward"] + 20.272305) / 32.54572305)
+    given = replace(offline.read(data), reference=(10.0, 30.0))
+    agent = arsq(given, "Hopper-v5", offline_steps="all").learn(2)
+    again = rlkit.load(agent.save(tmp_path / "saved"))
+    for trainer in (agent, again):
+        record = trainer.evaluate(1)
+        score = (record["eval/mean_reward"] - 10) * 5
+        assert record["eval/normalized_score"] == pytest.approx(score)
+        assert f"normalised score {score:.1f}" in trainer.describe_evaluation(record)
+        assert trainer.evaluation_json(record)["normalized_score"] == pytest.approx(score)
+    assert "eval/normalized_score" not in parity().evaluate(1)
 
 
 def test_normalisation_starts_with_the_moments_of_the_data() -> None:

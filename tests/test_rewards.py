@@ -335,7 +335,9 @@ def test_a_potential_of_the_wrong_shape_is_an_error() -> None:
 # Names
 
 
-@pytest.mark.parametrize("spec", ["scale=0.1", "scale=-2", "clip=-1,1", "clip=3", "normalize", "normalize=5"])
+@pytest.mark.parametrize(
+    "spec", ["scale=0.1", "scale=-2", "shift=-1", "clip=-1,1", "clip=3", "normalize", "normalize=5"]
+)
 def test_built_in_specs_round_trip(spec: str) -> None:
     """A module from a text, and one from the text of that module, do the same."""
     a = resolve(spec, **CONTEXT)
@@ -345,6 +347,10 @@ def test_built_in_specs_round_trip(spec: str) -> None:
     for data in (columns([0.5, -7]), columns([3.0, 1.0])):
         assert Chain([a])(data).tolist() == Chain([b])(data).tolist()
     assert spec_of(spec) == spec
+
+
+def test_shift_adds() -> None:
+    assert Chain([resolve("shift=-1", **CONTEXT)])(columns([0.0, 1.0])).tolist() == [-1.0, 0.0]
 
 
 def test_normalize_takes_the_runs_discount() -> None:
@@ -399,7 +405,7 @@ def test_what_has_no_name_is_described() -> None:
     ("spec", "expected"),
     [
         ("scal=2", "unknown reward `scal=2`, and no `module:function`; did you mean `scale`?"),
-        ("zzz", "unknown reward `zzz`, and no `module:function`; known: clip, normalize, scale"),
+        ("zzz", "unknown reward `zzz`, and no `module:function`; known: clip, normalize, scale, shift"),
         ("scale=abc", "reward `scale=abc`: could not convert string to float: 'abc'"),
         ("scale", "reward `scale`: Scale.__init__() missing 1 required positional argument: 'factor'"),
         ("clip=2,1", "reward `clip=2,1`: clip needs low < high, got 2.0 and 1.0"),

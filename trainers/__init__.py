@@ -41,6 +41,13 @@ TRAINERS: dict[str, Entry] = {
         data="Box-action environments, online, recorded transitions, or both",
         actions=("Box",),
     ),
+    "dual_rl": Entry(
+        target="rlkit.trainers.dual_rl:DualRL",
+        paper="Dual RL: Unification and New Methods for Reinforcement and Imitation Learning, arXiv:2302.08560",
+        status="reconstructed",
+        data="recorded transitions of Box-action environments, then online",
+        actions=("Box",),
+    ),
     "sft": Entry(
         target="rlkit.trainers.sft:SFT",
         paper="Training language models to follow instructions with human feedback, arXiv:2203.02155",

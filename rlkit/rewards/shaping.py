@@ -1,4 +1,4 @@
-"""Reward modules for control: scale, clip, running normalisation, potential-based shaping."""
+"""Reward modules for control: scale, shift, clip, running normalisation, potential-based shaping."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ class Scale:
 
     def __call__(self, rewards: np.ndarray, **_: Any) -> np.ndarray:
         return rewards * self.factor
+
+
+class Shift:
+    """r -> r + amount, such as -1 where a goal pays 1 and everything else 0."""
+
+    def __init__(self, amount: float, **_: Any) -> None:
+        self.amount = amount
+        self.spec = f"shift={amount!r}"
+
+    def __call__(self, rewards: np.ndarray, **_: Any) -> np.ndarray:
+        return rewards + self.amount
 
 
 class Clip:
@@ -118,4 +129,4 @@ class Potential:
         return rewards + self.gamma * there - here
 
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"scale": Scale, "clip": Clip, "normalize": Normalize}
+BUILT_IN: dict[str, Callable[..., Any]] = {"scale": Scale, "shift": Shift, "clip": Clip, "normalize": Normalize}
