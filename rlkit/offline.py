@@ -2,7 +2,7 @@
 
 `data` names a recording (see `rlkit.envs.offline`), or a function that makes one. It is read once, checked against the
 environment, and stays beside the replay buffer: own transitions never overwrite recorded ones, and checkpoints hold a
-fingerprint of it instead of a copy, which a resumed run compares.
+fingerprint of it instead of a copy, which a resumed run compares. A trainer may have more than one (`recordings`).
 
 The budget is one clock. Its first `offline_steps` are updates from the data alone; the others are steps of the
 environments, with the updates due for them. `offline_steps: all` never steps an environment: offline learning.
@@ -64,9 +64,13 @@ class OfflineTrainer(ControlTrainer):
 
     Config: ClassVar[type[OfflineConfig]] = OfflineConfig
     task_fields = ("env", "data")
+    recordings: ClassVar[tuple[str, ...]] = ("data",)
+    """Fields that name recordings; the first is the one that bands and ranges of returns are of."""
 
     data: RolloutBuffer | None
     """Recorded transitions, in the columns of `buffer`; None without `data`, and in a trainer loaded to predict."""
+    recorded: dict[str, RolloutBuffer]
+    """The recordings that are loaded, by field; `data` is one of them."""
 
     def __init__(
         self,
@@ -77,36 +81,51 @@ class OfflineTrainer(ControlTrainer):
         saved: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
-        named = data is None or isinstance(data, str | Path)
-        if data is not None and config is None:
-            fields["data"] = str(data) if named else f"<{type(data).__name__}>"
-        self._given = None if named else data
-        self._recorded: Dataset | None = None
+        given = {"data": data} | {name: fields.pop(name, None) for name in self.recordings[1:]}
+        self._given: dict[str, Any] = {}
+        for name, source in given.items():
+            named = source is None or isinstance(source, str | Path)
+            if source is not None and config is None:
+                fields[name] = str(source) if named else f"<{type(source).__name__}>"
+            if not named:
+                self._given[name] = source
+        self._read: dict[str, Dataset] = {}
         self._fresh = saved is None
-        self._saved_data: Mapping[str, Any] | None = None
+        self._saved_data: dict[str, Mapping[str, Any]] = {}
         self._any_data = False
         self._about_data: dict[str, str] = {}
         self._reward_factor = 1.0
-        config = _absolute(config) if isinstance(config, self.Config) else config
+        config = self._absolute(config) if isinstance(config, self.Config) else config
         source = fields.get("data") if config is None else getattr(config, "data", None)
         env_given = env is not None or (fields.get("env") if config is None else getattr(config, "env", None))
         if self._fresh and source is not None and not env_given:
-            self._recorded = self._recording(source)
-            if self._recorded.env_id is None:
+            self._read["data"] = self._recording("data", source)
+            env_id = self._read["data"].env_id
+            if env_id is None:
                 raise UserError(f"`env`: {source} does not say which environment it is of; give one")
             if config is None:
-                fields["env"] = self._recorded.env_id
+                fields["env"] = env_id
             else:
-                config = replace(config, env=self._recorded.env_id)
+                config = replace(config, env=env_id)
         super().__init__(env, *args, config=config, saved=saved, **fields)
 
     @classmethod
     def make_config(cls, fields: Mapping[str, Any], source: str = "") -> Any:
-        return _absolute(super().make_config(fields, source))
+        return cls._absolute(super().make_config(fields, source))
+
+    @classmethod
+    def _absolute(cls, config: Any) -> Any:
+        """`config` with local paths made absolute, so that the run can be resumed from any folder."""
+        for name in cls.recordings:
+            source = getattr(config, name)
+            place = Path(source).expanduser() if source else None
+            if place is not None and place.exists():
+                config = replace(config, **{name: str(place.resolve())})
+        return config
 
     @classmethod
     def is_object(cls, key: str, value: Any) -> bool:
-        if key == "data":
+        if key in cls.recordings:
             return value is not None and not isinstance(value, str | Path)
         return super().is_object(key, value)
 
@@ -119,7 +138,7 @@ class OfflineTrainer(ControlTrainer):
     # Reading
 
     def open_data(self, bands: Mapping[str, Band] | None = None) -> None:
-        """Read the recording now, or, of a loaded trainer, before it learns on.
+        """Read the recordings now, or, of a loaded trainer, before it learns on.
 
         Args:
             bands: name -> percentiles of returns, among the episodes of `data_band`; see `band`.
@@ -128,7 +147,7 @@ class OfflineTrainer(ControlTrainer):
             UserError: it cannot be read, does not fit the environment, or options that do not fit each other.
         """
         config: OfflineConfig = self.config
-        self.data, self._bands = None, dict(bands or {})
+        self.data, self.recorded, self._bands = None, {}, dict(bands or {})
         self._rows: dict[str, Tensor] = {}
         if config.data is None:
             if config.offline_steps != 0:
@@ -139,61 +158,70 @@ class OfflineTrainer(ControlTrainer):
         if self._fresh:
             self._load_data()
 
-    def _recording(self, source: str) -> Dataset:
-        if self._given is not None:
-            return self._given if isinstance(self._given, Dataset) else offline.read(self._given)
+    def _recording(self, name: str, source: str) -> Dataset:
+        if name in self._given:
+            given = self._given[name]
+            return given if isinstance(given, Dataset) else offline.read(given)
         if source.startswith("<"):
             raise UserError(
                 f"this run learned from Python data, {source}: pass it again, "
-                f"{type(self).__name__}.load(folder, data=...)"
+                f"{type(self).__name__}.load(folder, {name}=...)"
             )
-        module, _, name = source.partition(":")
-        if not name or offline.is_recording(source) or Path(source).exists():
+        module, _, function = source.partition(":")
+        if not function or offline.is_recording(source) or Path(source).exists():
             return offline.read(source)
         try:
-            made = getattr(importlib.import_module(module), name)()
+            made = getattr(importlib.import_module(module), function)()
         except (ImportError, AttributeError) as error:
-            raise UserError(f"`data`: {source}: {error}") from error
+            raise UserError(f"`{name}`: {source}: {error}") from error
         return made if isinstance(made, Dataset) else replace(offline.read(made), source=source)
 
     def _load_data(self) -> None:
+        for name in self.recordings:
+            if getattr(self.config, name) is not None:
+                self._load(name)
+        self.data = self.recorded.get("data")
+
+    def _load(self, name: str) -> None:
         config: OfflineConfig = self.config
-        dataset = self._recorded or self._recording(str(config.data))
-        self._recorded = None
+        source, main = str(getattr(config, name)), name == self.recordings[0]
+        dataset = self._read.pop(name, None) or self._recording(name, source)
         offline.check_spaces(dataset, self.observation_space, self.action_space)
         reference = None if dataset.reference is None else list(dataset.reference)
         found = {"fingerprint": dataset.fingerprint(), "transitions": len(dataset), "reference": reference}
-        saved = self._saved_data
+        saved = self._saved_data.get(name)
         if saved is not None and saved != found and not self._any_data:
             raise UserError(
-                f"`data`: {config.data} is not what this run has learned from so far: {len(dataset):,} transitions, "
+                f"`{name}`: {source} is not what this run has learned from so far: {len(dataset):,} transitions, "
                 f"fingerprint {found['fingerprint']}, and before {saved['transitions']:,}, {saved['fingerprint']}. "
                 "Use `allow_changes=True` (`--allow-changes`) to go on with it."
             )
-        self._saved_data = found
-        dataset = offline.clip_actions(dataset, self.action_space).band(*config.data_band)
+        self._saved_data[name] = found
+        dataset = offline.clip_actions(dataset, self.action_space)
+        dataset = dataset.band(*config.data_band) if main else dataset
         if self._fresh:
             for note in dataset.notes:
-                processes.say(f"data: {note}")
+                processes.say(f"{name}: {note}")
         rows = dataset.rows
         n = len(dataset)
         columns = {name: rows[name] for name in ("obs", "next_obs", "terminated", "truncated")}
         columns["action"] = rows["action"] if self.scale is None else self.scale.from_env(rows["action"])
         reward = self._rewarded(rows, columns["action"])
-        self._reward_factor = self._factor(np.bincount(rows["episode"], weights=reward))
+        if main:
+            self._reward_factor = self._factor(np.bincount(rows["episode"], weights=reward))
         columns["reward"] = (self._reward_factor * reward).astype(np.float32)
         columns["discount"] = np.full(n, config.gamma, np.float32)
         fields = self.transition_fields()
-        self.data = RolloutBuffer(n, fields, self.device, name="data")
-        self.data.add({name: columns[name] for name in fields})
+        self.recorded[name] = RolloutBuffer(n, fields, self.device, name=name)
+        self.recorded[name].add({column: columns[column] for column in fields})
         if config.normalize_obs and self._fresh:
-            self.normalizer.update(self.data["obs"])
-        self._describe_band("", dataset)
-        for name, band in self._bands.items():
+            self.normalizer.update(self.recorded[name]["obs"])
+        self._describe_band(name, dataset)
+        for part, band in self._bands.items() if main else ():
             inside = dataset.in_band(*band)
             ids = np.flatnonzero(inside[rows["episode"]])
-            self._rows[name] = torch.from_numpy(ids).to(self.device)
-            self._describe_band(name, dataset, inside)
+            self._rows[part] = torch.from_numpy(ids).to(self.device)
+            self._describe_band(part, dataset, inside)
 
     def _rewarded(self, rows: Mapping[str, Any], action: Any) -> Any:
         """Rewards of recorded transitions after the run's reward modules."""
@@ -235,7 +263,7 @@ class OfflineTrainer(ControlTrainer):
     def _describe_band(self, name: str, dataset: Dataset, inside: Any = slice(None)) -> None:
         returns, lengths = dataset.returns[inside], dataset.lengths[inside]
         self._about_data[name] = (
-            f"{name or 'data'}: {int(lengths.sum()):,} transitions of {len(returns):,} episodes, returns "
+            f"{name}: {int(lengths.sum()):,} transitions of {len(returns):,} episodes, returns "
             f"{returns.min():.1f} to {returns.max():.1f}, mean {returns.mean():.1f}"
         )
 
@@ -248,7 +276,7 @@ class OfflineTrainer(ControlTrainer):
 
     def _evaluate(self, *args: Any) -> dict[str, Any] | None:
         record = super()._evaluate(*args)
-        recorded = (self._saved_data or {}).get("reference")
+        recorded = self._saved_data.get("data", {}).get("reference")
         reference = tuple(recorded) if recorded else offline.reference_returns(self.config.env)
         if record is not None and reference is not None:
             record["eval/normalized_score"] = offline.normalized_score(record["eval/mean_reward"], reference)
@@ -311,15 +339,9 @@ class OfflineTrainer(ControlTrainer):
 
     def state(self) -> dict[str, Any]:
         files = super().state()
-        files["state"]["data"] = self._saved_data
+        files["state"]["recordings"] = self._saved_data
         return files
 
     def load_state(self, files: Mapping[str, Any]) -> None:
         super().load_state(files)
-        self._saved_data = files["state"]["data"]
-
-
-def _absolute(config: Any) -> Any:
-    """`config` with a local path made absolute, so that the run can be resumed from any folder."""
-    place = Path(config.data).expanduser() if config.data else None
-    return replace(config, data=str(place.resolve())) if place is not None and place.exists() else config
+        self._saved_data = dict(files["state"]["recordings"])

@@ -209,7 +209,7 @@ def test_checkpoints_hold_a_fingerprint_and_no_copy_of_the_data(tmp_path: Path) 
     size = sum(path.stat().st_size for path in newest.iterdir())
     recorded = sum(column.nbytes for column in twin_thrust_data().values())
     assert recorded > 4 * size
-    assert agent.state()["state"]["data"]["transitions"] == len(agent.data)
+    assert agent.state()["state"]["recordings"]["data"]["transitions"] == len(agent.data)
     loaded = rlkit.load(tmp_path / "run", inference=True)
     assert loaded.data is None
     assert loaded.predict(np.zeros(2, np.float32))[0].shape == (3,)
