@@ -89,7 +89,7 @@ class OfflineTrainer(ControlTrainer):
                 fields[name] = str(source) if named else f"<{type(source).__name__}>"
             if not named:
                 self._given[name] = source
-        self._read: dict[str, Dataset] = {}
+        self._opened: dict[str, Dataset] = {}
         self._fresh = saved is None
         self._saved_data: dict[str, Mapping[str, Any]] = {}
         self._any_data = False
@@ -99,8 +99,8 @@ class OfflineTrainer(ControlTrainer):
         source = fields.get("data") if config is None else getattr(config, "data", None)
         env_given = env is not None or (fields.get("env") if config is None else getattr(config, "env", None))
         if self._fresh and source is not None and not env_given:
-            self._read["data"] = self._recording("data", source)
-            env_id = self._read["data"].env_id
+            self._opened["data"] = self._recording("data", source)
+            env_id = self._opened["data"].env_id
             if env_id is None:
                 raise UserError(f"`env`: {source} does not say which environment it is of; give one")
             if config is None:
@@ -185,7 +185,7 @@ class OfflineTrainer(ControlTrainer):
     def _load(self, name: str) -> None:
         config: OfflineConfig = self.config
         source, main = str(getattr(config, name)), name == self.recordings[0]
-        dataset = self._read.pop(name, None) or self._recording(name, source)
+        dataset = self._opened.pop(name, None) or self._recording(name, source)
         offline.check_spaces(dataset, self.observation_space, self.action_space)
         reference = None if dataset.reference is None else list(dataset.reference)
         found = {"fingerprint": dataset.fingerprint(), "transitions": len(dataset), "reference": reference}
