@@ -63,7 +63,7 @@ class OfflineTrainer(ControlTrainer):
     """
 
     Config: ClassVar[type[OfflineConfig]] = OfflineConfig
-    task_fields = ("env", "data")
+    task_fields: ClassVar[tuple[str, ...]] = ("env", "data")
     recordings: ClassVar[tuple[str, ...]] = ("data",)
     """Fields that name recordings; the first is the one that bands and ranges of returns are of."""
 

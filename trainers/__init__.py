@@ -48,6 +48,13 @@ TRAINERS: dict[str, Entry] = {
         data="recorded transitions of Box-action environments, then online",
         actions=("Box",),
     ),
+    "recoil": Entry(
+        target="rlkit.trainers.recoil:ReCOIL",
+        paper="Dual RL: Unification and New Methods for Reinforcement and Imitation Learning, arXiv:2302.08560",
+        status="reconstructed",
+        data="expert and other transitions of Box-action environments, without rewards",
+        actions=("Box",),
+    ),
     "sft": Entry(
         target="rlkit.trainers.sft:SFT",
         paper="Training language models to follow instructions with human feedback, arXiv:2203.02155",
