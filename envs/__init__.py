@@ -19,8 +19,9 @@ from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 
 import rlkit.envs.coordination
+import rlkit.envs.linear
 import rlkit.envs.obstacles
-import rlkit.envs.peaks  # noqa: F401 (all three register their tasks with gymnasium)
+import rlkit.envs.peaks  # noqa: F401 (all of them register their tasks with gymnasium)
 from rlkit.envs.given import GymVectorAdapter, SB3Adapter
 from rlkit.envs.own import TrackedAdapter
 from rlkit.envs.spaces import (

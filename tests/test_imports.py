@@ -116,8 +116,8 @@ def test_the_core_does_not_import_trainers(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for name, path in PRODUCT if name == "rlkit.envs"], ids=shown)
 def test_environments_know_little_of_the_rest(path: Path) -> None:
-    """Adapters are below trainers: they may use the buffer, errors, randomness and rewards."""
-    allowed = ("rlkit.envs", "rlkit.buffer", "rlkit.config", "rlkit.errors", "rlkit.rng", "rlkit.rewards")
+    """Adapters are below trainers: they may use the buffer, errors, randomness, rewards and worst cases."""
+    allowed = tuple(f"rlkit.{name}" for name in ("envs", "buffer", "config", "errors", "rng", "rewards", "robust"))
     for module, _ in imports(path):
         if within(module, "rlkit"):
             assert module == "rlkit" or within(module, *allowed), f"{shown(path)} imports {module}"

@@ -1,0 +1,255 @@
+"""Linear Markov decision processes: features known, factors of the dynamics unknown, and what is robust in them.
+
+In a d-rectangular linear MDP with H steps, phi(s, a) lies in the simplex of R^d, the reward is phi(s, a)^T theta_h, and
+the next state is drawn from sum_i phi_i(s, a) mu_{h,i}. An adversary may change each factor mu_{h,i} by itself, so
+worst cases are linear in phi, too, and `robust_value` finds them by dynamic programming with the duals of
+`rlkit.robust`.
+
+Registered with gymnasium, each with the nominal dynamics (the source) and perturbed ones (a target) by keywords:
+
+- `rlkit/SimulatedLinear-v0` (`shift=q`): five states, sixteen actions, three steps (arXiv:2402.15399, Section 6).
+- `rlkit/SlipperyGrid-v0` (`slip=p`): a 4 x 4 grid with holes and one-hot features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rlkit.errors import UserError
+from rlkit.robust import DUALS
+
+SIMULATED_ID, GRID_ID = "rlkit/SimulatedLinear-v0", "rlkit/SlipperyGrid-v0"
+
+Array = NDArray[np.float64]
+
+
+class LinearMDP(gym.Env[Any, Any]):
+    """A finite linear MDP as an environment; observations and actions are numbers of states and actions.
+
+    A subclass gives the arrays. An episode has H steps and ends by truncation, never by termination, so it has the
+    length that the values below are of. `info["step"]` is h, which a policy that depends on the step needs.
+
+    Attributes:
+        features: phi, (S, A, d), rows in the simplex, or zero where nothing follows (value 0).
+        theta: rewards, (H, d).
+        factors: mu, (H, d, S), distributions of the nominal dynamics, whatever the environment's own are.
+        dynamics: those of this environment, (H, d, S).
+        initial: distribution of the first state, (S,).
+        rewards: (H, S, A), what a step pays: phi theta, and what is known besides.
+        failed: number of an absorbing state without reward, whose value 0 is the least; None without one.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    features: Array
+    theta: Array
+    factors: Array
+    dynamics: Array
+    initial: Array
+    rewards: Array
+    failed: int | None = None
+
+    def _declare(self) -> None:
+        states, actions, _ = self.features.shape
+        self.horizon = len(self.theta)
+        self.observation_space = gym.spaces.Discrete(states)
+        self.action_space = gym.spaces.Discrete(actions)
+        self.state, self.step_number = 0, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.state, self.step_number = int(self.np_random.choice(len(self.initial), p=self.initial)), 0
+        return self.state, {"step": 0}
+
+    def step(self, action: Any) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        h, a = self.step_number, int(action)
+        reward = float(self.rewards[h, self.state, a])
+        law = self.features[self.state, a] @ self.dynamics[h]
+        if law.sum() > 0:  # without features nothing follows, and the state stays
+            self.state = int(self.np_random.choice(len(law), p=law / law.sum()))
+        self.step_number += 1
+        return self.state, reward, False, self.step_number == self.horizon, {"step": self.step_number}
+
+
+def robust_value(
+    env: LinearMDP | gym.Env[Any, Any],
+    divergence: str = "tv_radius",
+    radius: ArrayLike = 0.0,
+    *,
+    eta: float = 0.0,
+    reference: Array | None = None,
+    policy: Array | None = None,
+) -> Array:
+    """V_h(s) of the best policy against the worst dynamics near the nominal ones: (H + 1, S), exactly.
+
+    Args:
+        env: a `LinearMDP`, or an environment around one.
+        divergence: a name of `rlkit.robust.DUALS`.
+        radius: the level, one for all factors or a table (H, d).
+        eta: temperature of KL(pi || reference), which is charged for at each step; 0 is the hard maximum.
+        reference: (A,), (S, A) or (H, S, A); uniform by default.
+        policy: (H, S, A), to value this policy instead of the best one.
+
+    Raises:
+        UserError: an unknown divergence, a table of another shape.
+    """
+    values, _ = robust_values(env, divergence, radius, eta=eta, reference=reference, policy=policy)
+    return values
+
+
+def robust_values(
+    env: LinearMDP | gym.Env[Any, Any],
+    divergence: str = "tv_radius",
+    radius: ArrayLike = 0.0,
+    *,
+    eta: float = 0.0,
+    reference: Array | None = None,
+    policy: Array | None = None,
+) -> tuple[Array, Array]:
+    """V (H + 1, S) and Q (H, S, A); see `robust_value`."""
+    mdp: Any = env.unwrapped
+    if divergence not in DUALS:
+        raise UserError(f"`divergence`: unknown `{divergence}`; known: {', '.join(DUALS)}")
+    (states, actions, d), horizon = mdp.features.shape, mdp.horizon
+    levels = np.asarray(radius, np.float64)
+    if levels.shape not in ((), (horizon, d)):
+        raise UserError(f"`radius`: a table of shape {levels.shape}; expected one number, or ({horizon}, {d})")
+    levels = np.broadcast_to(levels, (horizon, d))
+    ref = np.full((horizon, states, actions), 1 / actions) if reference is None else np.asarray(reference, np.float64)
+    ref = np.broadcast_to(ref, (horizon, states, actions))
+    v, q = np.zeros((horizon + 1, states)), np.zeros((horizon, states, actions))
+    for h in reversed(range(horizon)):
+        nu = DUALS[divergence](v[h + 1], mdp.factors[h], levels[h])
+        q[h] = mdp.rewards[h] + mdp.features @ nu
+        if policy is not None:
+            charge = np.where(policy[h] > 0, policy[h] * np.log(np.maximum(policy[h], 1e-300) / ref[h]), 0.0)
+            v[h] = (policy[h] * q[h] - eta * charge).sum(-1)
+        elif eta > 0:
+            v[h] = soft_maximum(q[h], ref[h], eta)
+        else:
+            v[h] = q[h].max(-1)
+        if mdp.failed is not None:
+            v[h, mdp.failed] = 0.0
+    return v, q
+
+
+def soft_maximum(q: Array, reference: Array, eta: float) -> Array:
+    """eta log sum_a ref(a) exp(q(a) / eta), the largest of <pi, q> - eta KL(pi || ref): (..., A) -> (...)."""
+    top = q.max(-1, keepdims=True)
+    found: Array = top[..., 0] + eta * np.log((reference * np.exp((q - top) / eta)).sum(-1))
+    return found
+
+
+def simulate(env: LinearMDP | gym.Env[Any, Any], policy: Array, dynamics: Array | None = None) -> float:
+    """The exact expected return of a policy (H, S, A) in the environment's own dynamics, or in given ones (H, d, S)."""
+    mdp: Any = env.unwrapped
+    law = mdp.dynamics if dynamics is None else dynamics
+    v = np.zeros(len(mdp.initial))
+    for h in reversed(range(mdp.horizon)):
+        v = (policy[h] * (mdp.rewards[h] + mdp.features @ (law[h] @ v))).sum(-1)
+    return float(mdp.initial @ v)
+
+
+class SimulatedLinearMDP(LinearMDP):
+    """Five states, 16 actions, 3 steps: reward by way of x1, x2, x3, or by a jump to x5 that the target may break.
+
+    From x1, action a in {-1, 1}^4 jumps to x5 with probability u(a) = delta + <xi, a>, else goes on to x2; so it does
+    from x2, to x3. x5 pays 1 in steps 1 and 2, x4 nothing, and both are absorbing; from x3 the jump pays u(a) at once.
+
+    Args:
+        shift: q: in this target environment the jump of step 0 fails, into x4, with probability q, and the other way
+            of that step never does.
+        delta: the probability of a jump without the action's part.
+        xi: L1 norm of the action's part, the same for all four of its components.
+    """
+
+    failed = 3
+
+    def __init__(self, shift: float = 0.0, delta: float = 0.3, xi: float = 0.1) -> None:
+        if not 0 <= shift <= 1:
+            raise UserError(f"`shift`: got {shift}, expected a probability")
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=4)))
+        u = delta + signs @ np.full(4, xi / 4)
+        zero = np.zeros_like(u)
+        self.actions = signs
+        self.features = np.stack(
+            [
+                np.stack([1 - u, zero, zero, u], -1),
+                np.stack([zero, 1 - u, zero, u], -1),
+                np.stack([zero, zero, 1 - u, u], -1),
+                np.tile([0.0, 0.0, 1.0, 0.0], (16, 1)),
+                np.tile([0.0, 0.0, 0.0, 1.0], (16, 1)),
+            ]
+        )
+        self.theta = np.array([[0.0] * 4, [0, 0, 0, 1.0], [0, 0, 0, 1.0]])
+        self.rewards = np.einsum("sad,hd->hsa", self.features, self.theta)
+        self.factors = np.zeros((3, 4, 5))
+        self.factors[:, 2, 3] = self.factors[:, 3, 4] = 1.0  # absorbing: factor 3 fails, factor 4 pays
+        for h, (factor, state) in enumerate(((0, 1), (1, 2))):
+            self.factors[h, factor, [state, 3]] = 0.999, 0.001
+        self.factors[0, 1, 2] = self.factors[1, 0, 1] = 1.0  # not reached in these steps
+        self.factors[2, 0, 1] = self.factors[2, 1, 2] = 1.0
+        self.dynamics = self.factors.copy()
+        if shift:
+            self.dynamics[0, 3] = [0, 0, 0, shift, 1 - shift]
+            self.dynamics[0, 0] = [0, 1.0, 0, 0, 0]
+        self.initial = np.eye(5)[0]
+        self._declare()
+
+
+class SlipperyGrid(LinearMDP):
+    """A 4 x 4 grid from corner to corner, with four holes; every step may slip to a side.
+
+    Actions: left, down, right, up. A move goes where it is meant to with probability 1 - slip, and to each of its two
+    sides with slip / 2; walls hold it where it is. The goal pays 1, once; it and the holes lead to state 16, which is
+    over. Features are one-hot in state and action, so each pair is a factor of its own: (s, a)-rectangular.
+
+    Args:
+        slip: of this environment; the nominal dynamics are those of `NOMINAL_SLIP`.
+        horizon: steps of an episode.
+    """
+
+    NOMINAL_SLIP = 0.1
+    MAP = ("S...", ".O.O", "...O", "O..G")
+    failed = 16
+
+    def __init__(self, slip: float = NOMINAL_SLIP, horizon: int = 15) -> None:
+        if not 0 <= slip <= 1:
+            raise UserError(f"`slip`: got {slip}, expected a probability")
+        d = 17 * 4
+        self.features = np.eye(d).reshape(17, 4, d)
+        nominal, own = (self._laws(p).reshape(d, 17) for p in (self.NOMINAL_SLIP, slip))
+        self.factors = np.broadcast_to(nominal, (horizon, d, 17))
+        self.dynamics = np.broadcast_to(own, (horizon, d, 17))
+        pays = np.zeros((17, 4))
+        pays[15] = 1.0
+        self.theta = np.broadcast_to(pays.ravel(), (horizon, d))
+        self.rewards = np.broadcast_to(pays, (horizon, 17, 4))
+        self.initial = np.eye(17)[0]
+        self._declare()
+
+    @classmethod
+    def _laws(cls, slip: float) -> Array:
+        """P(s'|s, a): (17, 4, 17)."""
+        moves = ((0, -1), (1, 0), (0, 1), (-1, 0))
+        laws = np.zeros((17, 4, 17))
+        for row, column in itertools.product(range(4), range(4)):
+            for action in range(4):
+                law = laws[4 * row + column, action]
+                if cls.MAP[row][column] in "OG":
+                    law[16] = 1.0
+                    continue
+                for turn, share in ((0, 1 - slip), (1, slip / 2), (3, slip / 2)):
+                    down, right = moves[(action + turn) % 4]
+                    to = 4 * min(max(row + down, 0), 3) + min(max(column + right, 0), 3)
+                    law[to] += share
+        laws[16, :, 16] = 1.0
+        return laws
+
+
+gym.register(SIMULATED_ID, entry_point=f"{__name__}:SimulatedLinearMDP")
+gym.register(GRID_ID, entry_point=f"{__name__}:SlipperyGrid")
