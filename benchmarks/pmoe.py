@@ -376,9 +376,10 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
                 curves = np.array([[float(value) for value in run["returns"].split()] for run in runs])
                 steps = np.arange(1, curves.shape[1] + 1) * int(runs[0]["steps"]) / curves.shape[1] / 1000
                 mean, low, high = np.array([interquartile(column) for column in curves.T]).T
-                (line,) = axis.plot(steps, mean, label=side, linewidth=1.6 if side in MAIN else 0.8)
+                colour = f"C{list(SIDES).index(side)}"  # the same in all panels
+                axis.plot(steps, mean, label=side, color=colour, linewidth=1.6 if side in MAIN else 0.8)
                 if not np.isnan(low).any() and side in MAIN:
-                    axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+                    axis.fill_between(steps, low, high, alpha=0.2, color=colour, linewidth=0)
             axis.set_title(task, fontsize=9)
             axis.grid(alpha=0.3)
             if axis.lines:
