@@ -34,7 +34,7 @@ from typing import Any
 
 import common
 import numpy as np
-from common import RESULTS, append, interquartile, machine, ratio, read, runs_of, table
+from common import RESULTS, append, differences, interquartile, machine, ratio, read, runs_of, table
 
 PACKAGES = ("rlkit-trainers", "torch", "gymnasium", "mujoco", "minari", "numpy")
 RAW = RESULTS / "raw" / "arsq"
@@ -353,13 +353,14 @@ def report(rows: list[dict[str, str]], clocked: list[dict[str, str]]) -> str:
         if (task, "ARSQ") in found and (task, "CQN") in found and "sac" in TASKS[task]:
             for key in ("final", "area"):
                 ours, theirs = ([float(run[key]) for run in found[task, side]] for side in COMPARED)
-                compared.append(
-                    [task, {"final": "final score", "area": "mean of five scores"}[key], shown(ratio(ours, theirs))]
-                )
+                positive = min(ours + theirs) > 0
+                what = {"final": "final score", "area": "mean of five scores"}[key]
+                quotient = shown(ratio(ours, theirs)) if positive else "-"
+                compared.append([task, what, shown(differences(ours, theirs)), quotient])
     if compared:
         parts.append(
-            "ARSQ as a multiple of CQN, interquartile means, both resampled:\n\n"
-            + table(["task", "score", "ratio"], compared)
+            "ARSQ less CQN, and as a multiple of it where all scores are positive; interquartile means, both "
+            "resampled:\n\n" + table(["task", "score", "difference", "ratio"], compared)
         )
     parts.append(timing(clocked))
     parts += sorted({f"{r['processor']}, {r['cores']} cores, 1 thread a run; {r['versions']}" for r in rows})
