@@ -192,7 +192,7 @@ class PMOE(ControlTrainer):
     presets = PRESETS
     several_processes = True
     default_task: ClassVar[Mapping[str, Any]] = {
-        "env": "Pendulum-v1", "preset": "auto", "steps": 6_000, "log_every": 500, "eval_every": 1_000,
+        "env": "Pendulum-v1", "preset": "auto", "steps": 5_000, "log_every": 500, "eval_every": 1_000,
     }  # fmt: skip
 
     actor: Experts
