@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rlkit import checkpoint, registry
 from rlkit.errors import Stopped
@@ -169,3 +172,46 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
         if time.monotonic() > end:
             raise AssertionError("condition did not come true")
         time.sleep(0.02)
+
+
+class PlainUpdate:
+    """Copies of an agent's networks and of its optimisers' state, to make its next update with PyTorch's own Adam.
+
+    Args:
+        agent: a control trainer with an optimiser `NAME_optimizer` for each of `trained`.
+        trained: names of networks.
+        others: names of networks without an optimiser, such as targets.
+        rates: name -> learning rate of the update; the configuration's where it is not given.
+    """
+
+    def __init__(self, agent: Any, trained: Sequence[str], others: Sequence[str], rates: Mapping[str, float]) -> None:
+        self.agent = agent
+        self.nets = {name: copy.deepcopy(getattr(agent, name)) for name in (*trained, *others)}
+        self.steps = {}
+        for name in trained:
+            mine = getattr(agent, f"{name}_optimizer")
+            theirs = torch.optim.Adam(self.nets[name].parameters(), lr=rates.get(name, agent.config.learning_rate))
+            for parameter, m, v in zip(self.nets[name].parameters(), mine.exp_avg, mine.exp_avg_sq, strict=True):
+                step = mine.step[0].float().clone()
+                theirs.state[parameter] = {"step": step, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+            self.steps[name] = theirs
+
+    def take(self, name: str, loss: torch.Tensor) -> None:
+        """One step of the network `name`."""
+        self.steps[name].zero_grad()
+        loss.backward()
+        self.steps[name].step()
+
+    def average(self, target: str, source: str, tau: float) -> None:
+        for t, s in zip(self.nets[target].parameters(), self.nets[source].parameters(), strict=True):
+            t.data = (1 - tau) * t.data + tau * s.data
+
+    def compare(self) -> None:
+        """All parameters are those of the agent, which has made its update."""
+        for key, net in self.nets.items():
+            for (label, mine), theirs in zip(
+                getattr(self.agent, key).named_parameters(), net.parameters(), strict=True
+            ):
+                torch.testing.assert_close(
+                    mine, theirs, atol=2e-5, rtol=1e-4, msg=lambda m, k=key, n=label: f"{k}.{n}: {m}"
+                )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import PlainUpdate
 from torch.nn import functional as F
 
 import rlkit
@@ -236,20 +236,9 @@ def test_one_update_is_v_then_policy_then_critics_then_targets(name: str, data: 
     agent.learn(3)  # so that targets differ from critics, and moments from zero
     config, batch = agent.config, agent.batch()
     lam = lam_of(config)
-    nets = {key: copy.deepcopy(getattr(agent, key)) for key in ("value", "actor", "critic", "critic_target")}
-    steps = {}
-    for key in ("value", "actor", "critic"):
-        mine, theirs = getattr(agent, f"{key}_optimizer"), torch.optim.Adam(nets[key].parameters(), lr=1e-2)
-        for parameter, m, v in zip(nets[key].parameters(), mine.exp_avg, mine.exp_avg_sq, strict=True):
-            theirs.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
-        steps[key] = theirs
-    steps["actor"].param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * agent.progress))
-
-    def take(key: str, loss: torch.Tensor) -> None:
-        steps[key].zero_grad()
-        loss.backward()
-        steps[key].step()
-
+    rate = 1e-2 * 0.5 * (1 + math.cos(math.pi * agent.progress))
+    plain = PlainUpdate(agent, ("value", "actor", "critic"), ("critic_target",), {"actor": rate})
+    nets, take = plain.nets, plain.take
     obs, action, next_obs = batch["obs"], batch["action"], batch["next_obs"]
     with torch.no_grad():
         q_bar = torch.minimum(*nets["critic_target"](obs, action))
@@ -262,15 +251,10 @@ def test_one_update_is_v_then_policy_then_critics_then_targets(name: str, data: 
         y = batch["reward"] + 0.99 * ~batch["terminated"].bool() * nets["value"](next_obs)
     q1, q2 = nets["critic"](obs, action)
     take("critic", F.huber_loss(q1, y, delta=2.0) + F.huber_loss(q2, y, delta=2.0))
-    for target, source in zip(nets["critic_target"].parameters(), nets["critic"].parameters(), strict=True):
-        target.data = 0.9 * target.data + 0.1 * source.data
+    plain.average("critic_target", "critic", 0.1)
 
     agent.update(batch)
-    for key, net in nets.items():
-        for (label, mine), theirs in zip(getattr(agent, key).named_parameters(), net.parameters(), strict=True):
-            torch.testing.assert_close(
-                mine, theirs, atol=2e-5, rtol=1e-4, msg=lambda m, k=key, n=label: f"{k}.{n}: {m}"
-            )
+    plain.compare()
 
 
 def test_random_actions_take_part_in_the_loss_of_v_alone(data: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import PlainUpdate
 
 import rlkit
 from rlkit.envs import swing_up
@@ -84,20 +84,9 @@ def test_one_update(fields: dict[str, Any], data: dict[str, Any], expert: dict[s
     config, batch = agent.config, agent.batch()
     assert batch["terminated"].any()
     assert len(batch["expert_obs"]) == len(batch["obs"]) == 32
-    nets = {key: copy.deepcopy(getattr(agent, key)) for key in ("value", "actor", "critic", "critic_target")}
-    steps = {}
-    for key in ("value", "actor", "critic"):
-        mine, theirs = getattr(agent, f"{key}_optimizer"), torch.optim.Adam(nets[key].parameters(), lr=1e-2)
-        for parameter, m, v in zip(nets[key].parameters(), mine.exp_avg, mine.exp_avg_sq, strict=True):
-            theirs.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
-        steps[key] = theirs
-    steps["actor"].param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * agent.progress))
-
-    def take(key: str, loss: torch.Tensor) -> None:
-        steps[key].zero_grad()
-        loss.backward()
-        steps[key].step()
-
+    rate = 1e-2 * 0.5 * (1 + math.cos(math.pi * agent.progress))
+    plain = PlainUpdate(agent, ("value", "actor", "critic"), ("critic_target",), {"actor": rate})
+    nets, take = plain.nets, plain.take
     obs, action = batch["obs"], batch["action"]
     with torch.no_grad():
         q_bar = torch.minimum(*nets["critic_target"](obs, action))
@@ -126,15 +115,10 @@ def test_one_update(fields: dict[str, Any], data: dict[str, Any], expert: dict[s
             for q, e in ((q1, e1), (q2, e2))
         )
     take("critic", loss)
-    for target, source in zip(nets["critic_target"].parameters(), nets["critic"].parameters(), strict=True):
-        target.data = 0.9 * target.data + 0.1 * source.data
+    plain.average("critic_target", "critic", 0.1)
 
     agent.update(batch)
-    for key, net in nets.items():
-        for (label, mine), theirs in zip(getattr(agent, key).named_parameters(), net.parameters(), strict=True):
-            torch.testing.assert_close(
-                mine, theirs, atol=2e-5, rtol=1e-4, msg=lambda m, k=key, n=label: f"{k}.{n}: {m}"
-            )
+    plain.compare()
 
 
 def test_rewards_are_ignored(data: dict[str, Any], expert: dict[str, Any]) -> None:
