@@ -178,19 +178,18 @@ class PlainUpdate:
     """Copies of an agent's networks and of its optimisers' state, to make its next update with PyTorch's own Adam.
 
     Args:
-        agent: a control trainer with an optimiser `NAME_optimizer` for each of `trained`.
+        agent: a control trainer with an optimiser `NAME_optimizer` for each of `trained`, at a constant learning rate.
         trained: names of networks.
         others: names of networks without an optimiser, such as targets.
-        rates: name -> learning rate of the update; the configuration's where it is not given.
     """
 
-    def __init__(self, agent: Any, trained: Sequence[str], others: Sequence[str], rates: Mapping[str, float]) -> None:
+    def __init__(self, agent: Any, trained: Sequence[str], others: Sequence[str]) -> None:
         self.agent = agent
         self.nets = {name: copy.deepcopy(getattr(agent, name)) for name in (*trained, *others)}
         self.steps = {}
         for name in trained:
             mine = getattr(agent, f"{name}_optimizer")
-            theirs = torch.optim.Adam(self.nets[name].parameters(), lr=rates.get(name, agent.config.learning_rate))
+            theirs = torch.optim.Adam(self.nets[name].parameters(), lr=agent.config.learning_rate)
             for parameter, m, v in zip(self.nets[name].parameters(), mine.exp_avg, mine.exp_avg_sq, strict=True):
                 step = mine.step[0].float().clone()
                 theirs.state[parameter] = {"step": step, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
