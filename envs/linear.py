@@ -7,7 +7,7 @@ worst cases are linear in phi, too, and `robust_value` finds them by dynamic pro
 
 Registered with gymnasium, each with the nominal dynamics (the source) and perturbed ones (a target) by keywords:
 
-- `rlkit/SimulatedLinear-v0` (`shift=q`): five states, sixteen actions, three steps (arXiv:2402.15399, Section 6).
+- `rlkit/SimulatedLinear-v0` (`shift=q`): five states, sixteen actions, three steps (arXiv:2402.15399).
 - `rlkit/SlipperyGrid-v0` (`slip=p`): a 4 x 4 grid with holes and one-hot features.
 """
 
@@ -97,44 +97,50 @@ def robust_value(
     Raises:
         UserError: an unknown divergence, a table of another shape.
     """
-    values, _ = robust_values(env, divergence, radius, eta=eta, reference=reference, policy=policy)
-    return values
-
-
-def robust_values(
-    env: LinearMDP | gym.Env[Any, Any],
-    divergence: str = "tv_radius",
-    radius: ArrayLike = 0.0,
-    *,
-    eta: float = 0.0,
-    reference: Array | None = None,
-    policy: Array | None = None,
-) -> tuple[Array, Array]:
-    """V (H + 1, S) and Q (H, S, A); see `robust_value`."""
     mdp: Any = env.unwrapped
-    if divergence not in DUALS:
-        raise UserError(f"`divergence`: unknown `{divergence}`; known: {', '.join(DUALS)}")
-    (states, actions, d), horizon = mdp.features.shape, mdp.horizon
-    levels = np.asarray(radius, np.float64)
-    if levels.shape not in ((), (horizon, d)):
-        raise UserError(f"`radius`: a table of shape {levels.shape}; expected one number, or ({horizon}, {d})")
-    levels = np.broadcast_to(levels, (horizon, d))
+    (states, actions, _), horizon = mdp.features.shape, mdp.horizon
+    levels = _levels(mdp, divergence, radius)
     ref = np.full((horizon, states, actions), 1 / actions) if reference is None else np.asarray(reference, np.float64)
     ref = np.broadcast_to(ref, (horizon, states, actions))
-    v, q = np.zeros((horizon + 1, states)), np.zeros((horizon, states, actions))
+    v = np.zeros((horizon + 1, states))
     for h in reversed(range(horizon)):
-        nu = DUALS[divergence](v[h + 1], mdp.factors[h], levels[h])
-        q[h] = mdp.rewards[h] + mdp.features @ nu
+        q = _q(mdp, h, v[h + 1], divergence, levels[h])
         if policy is not None:
             charge = np.where(policy[h] > 0, policy[h] * np.log(np.maximum(policy[h], 1e-300) / ref[h]), 0.0)
-            v[h] = (policy[h] * q[h] - eta * charge).sum(-1)
-        elif eta > 0:
-            v[h] = soft_maximum(q[h], ref[h], eta)
+            v[h] = (policy[h] * q - eta * charge).sum(-1)
         else:
-            v[h] = q[h].max(-1)
+            v[h] = soft_maximum(q, ref[h], eta) if eta > 0 else q.max(-1)
         if mdp.failed is not None:
             v[h, mdp.failed] = 0.0
-    return v, q
+    return v
+
+
+def robust_q(
+    env: LinearMDP | gym.Env[Any, Any], values: Array, divergence: str = "tv_radius", radius: ArrayLike = 0.0
+) -> Array:
+    """Q_h(s, a) = r_h + phi^T nu_h against the worst factors, for V (H + 1, S) of the next steps: (H, S, A).
+
+    Arguments and errors of `robust_value`.
+    """
+    mdp: Any = env.unwrapped
+    levels = _levels(mdp, divergence, radius)
+    return np.array([_q(mdp, h, values[h + 1], divergence, levels[h]) for h in range(mdp.horizon)])
+
+
+def _levels(mdp: LinearMDP, divergence: str, radius: ArrayLike) -> Array:
+    """The level of each factor, (H, d)."""
+    if divergence not in DUALS:
+        raise UserError(f"`divergence`: unknown `{divergence}`; known: {', '.join(DUALS)}")
+    shape, levels = (mdp.horizon, mdp.features.shape[-1]), np.asarray(radius, np.float64)
+    if levels.shape not in ((), shape):
+        raise UserError(f"`radius`: a table of shape {levels.shape}; expected one number, or {shape}")
+    return np.broadcast_to(levels, shape)
+
+
+def _q(mdp: LinearMDP, h: int, next_value: Array, divergence: str, levels: Array) -> Array:
+    """r_h + phi^T nu_h, nu_h the worst expectations of V_{h+1} (S,): (S, A)."""
+    q: Array = mdp.rewards[h] + mdp.features @ DUALS[divergence](next_value, mdp.factors[h], levels)
+    return q
 
 
 def soft_maximum(q: Array, reference: Array, eta: float) -> Array:

@@ -20,11 +20,11 @@ from rlkit.trainers.dual_rl import (
     DualRLConfig,
     cloning_weight,
     critic_loss,
+    discounted_value,
     gumbel,
     lam_of,
     normal_logp,
     policy_loss,
-    value_target,
 )
 
 Loss = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -147,11 +147,11 @@ def test_weights_are_cut_and_never_overflow() -> None:
     assert weight.grad is None
 
 
-def test_only_a_terminal_state_stops_the_bootstrap() -> None:
-    y = value_target(
-        torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([False, True]), torch.tensor([4.0, 4.0])
-    )
-    assert y.tolist() == [3.0, 1.0]
+def test_values_after_terminal_states() -> None:
+    discount, done, value = torch.tensor([0.5, 0.5]), torch.tensor([False, True]), torch.tensor([4.0, 4.0])
+    assert discounted_value(discount, done, value).tolist() == [2.0, 0.0]
+    assert discounted_value(discount, done, value, -20.0).tolist() == [2.0, -10.0]
+    assert discounted_value(discount, None, value).tolist() == [2.0, 2.0]
 
 
 def test_critic_loss_sums_over_critics() -> None:

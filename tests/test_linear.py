@@ -14,8 +14,8 @@ from rlkit.envs.linear import (
     SIMULATED_ID,
     SimulatedLinearMDP,
     SlipperyGrid,
+    robust_q,
     robust_value,
-    robust_values,
     simulate,
     soft_maximum,
 )
@@ -54,7 +54,7 @@ def test_the_nominal_value_by_hand() -> None:
     env = SimulatedLinearMDP()
     assert robust_value(env)[0, 0] == pytest.approx(v0)
     assert v0 == pytest.approx(1.423232, abs=1e-6)
-    _, q = robust_values(env)
+    q = robust_q(env, robust_value(env))
     assert env.actions[q[0, 0].argmax()].tolist() == [1, 1, 1, 1]
 
 
@@ -71,7 +71,8 @@ def test_the_best_action_turns_where_the_jump_is_worth_less_than_the_way() -> No
     """At 1 - 1.03872 / 2 = 0.48064 a failing jump is worth what the way over x2 is."""
     env = SimulatedLinearMDP()
     for radius, sign in ((0.48, 1), (0.4806, 1), (0.4807, -1), (0.481, -1)):
-        _, q = robust_values(env, "tv_radius", first_factor(radius))
+        table = first_factor(radius)
+        q = robust_q(env, robust_value(env, "tv_radius", table), "tv_radius", table)
         assert env.actions[q[0, 0].argmax()].tolist() == [sign] * 4
 
 
@@ -117,7 +118,8 @@ def test_the_soft_maximum_is_the_regularised_optimum() -> None:
 
 def test_the_value_of_a_policy_is_that_of_the_best_one_where_it_is_best() -> None:
     env = SimulatedLinearMDP()
-    v, q = robust_values(env, "tv_radius", 0.3, eta=0.1)
+    v = robust_value(env, "tv_radius", 0.3, eta=0.1)
+    q = robust_q(env, v, "tv_radius", 0.3)
     policy = np.exp((q - q.max(-1, keepdims=True)) / 0.1)
     policy /= policy.sum(-1, keepdims=True)
     np.testing.assert_allclose(robust_value(env, "tv_radius", 0.3, eta=0.1, policy=policy), v, atol=1e-12)
@@ -188,7 +190,10 @@ def test_robust_values_of_the_grid_are_value_iteration_with_the_worst_law_of_eac
 
 def test_a_robust_policy_of_the_grid_gives_up_some_return_for_a_better_worst_case() -> None:
     env = SlipperyGrid()
-    nominal, careful = (np.eye(4)[robust_values(env, "tv_radius", radius)[1].argmax(-1)] for radius in (0.0, 0.1))
+    nominal, careful = (
+        np.eye(4)[robust_q(env, robust_value(env, "tv_radius", radius), "tv_radius", radius).argmax(-1)]
+        for radius in (0.0, 0.1)
+    )
     assert simulate(env, nominal) > simulate(env, careful)
     worst = [robust_value(env, "tv_radius", 0.1, policy=policy)[0, 0] for policy in (nominal, careful)]
     assert worst[1] > worst[0]

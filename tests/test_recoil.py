@@ -14,7 +14,7 @@ import rlkit
 from rlkit.envs import swing_up
 from rlkit.errors import UserError
 from rlkit.trainers.dual_rl import gumbel
-from rlkit.trainers.recoil import chi2_loss, discounted_value, least_squares_loss
+from rlkit.trainers.recoil import chi2_loss, least_squares_loss
 
 SMALL: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [16]}, "batch_size": 32, "device": "cpu", "eval_episodes": 0, "compile": "off",
@@ -40,13 +40,6 @@ def recoil(data: Any, expert: Any, **fields: Any) -> Any:
 
 
 # --- losses ------------------------------------------------------------------------------------------------------
-
-
-def test_values_after_terminal_states() -> None:
-    discount, done, value = torch.tensor([0.5, 0.5]), torch.tensor([False, True]), torch.tensor([4.0, 4.0])
-    assert discounted_value(discount, done, value).tolist() == [2.0, 0.0]
-    assert discounted_value(discount, done, value, -20.0).tolist() == [2.0, -10.0]
-    assert discounted_value(discount, None, value).tolist() == [2.0, 2.0]
 
 
 def test_least_squares_by_hand() -> None:

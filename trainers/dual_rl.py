@@ -121,9 +121,15 @@ def policy_loss(logp: Tensor, weight: Tensor) -> Tensor:
     return -(weight.detach() * logp).mean()
 
 
-def value_target(reward: Tensor, discount: Tensor, terminated: Tensor, next_value: Tensor) -> Tensor:
-    """r + gamma (1 - terminated) V(s'); (B,) each. A time limit does not stop the bootstrap."""
-    return reward + discount * (1.0 - terminated.to(reward.dtype)) * next_value
+def discounted_value(discount: Tensor, terminated: Tensor | None, next_value: Tensor, after: float = 0.0) -> Tensor:
+    """gamma V(s'), (B,) each, with `after` for V of a terminal state; without `terminated` all states go on.
+
+    A time limit does not stop the bootstrap.
+    """
+    if terminated is None:
+        return discount * next_value
+    done = terminated.to(next_value.dtype)
+    return discount * ((1 - done) * next_value + done * after)
 
 
 def critic_loss(q: Tensor, target: Tensor, huber_delta: float | None = None) -> Tensor:
@@ -430,7 +436,7 @@ class DualRL(CloningTrainer):
         metrics |= self.clone(obs, action, target_q, masks)
         with self.autocast():
             with torch.no_grad():
-                y = value_target(batch["reward"], batch["discount"], batch["terminated"], self.value(next_obs))
+                y = batch["reward"] + discounted_value(batch["discount"], batch["terminated"], self.value(next_obs))
             q = self.critic(obs, action)
             loss = critic_loss(q, y, config.huber_delta)
         metrics["train/critic_grad_norm"] = descend(self.critic_optimizer, loss)

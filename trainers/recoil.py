@@ -36,7 +36,7 @@ from rlkit.config import NonNegative, Positive
 from rlkit.errors import UserError
 from rlkit.optim import descend, polyak_
 from rlkit.trainer import Batch
-from rlkit.trainers.dual_rl import CloningConfig, CloningTrainer, gumbel
+from rlkit.trainers.dual_rl import CloningConfig, CloningTrainer, discounted_value, gumbel
 
 PolicyStates = Literal["expert", "suboptimal", "mixture"]
 
@@ -62,14 +62,6 @@ class ReCOILConfig(CloningConfig):
     or V of that state, as if it went on, which suits tasks that end on success."""
     value_temperature: Positive = 1.0
     """Of the Gumbel loss that makes V the maximum of Q. Raise it (2.5, 5, 10, 20) where Q diverges."""
-
-
-def discounted_value(discount: Tensor, terminated: Tensor | None, next_value: Tensor, after: float = 0.0) -> Tensor:
-    """gamma V(s'), (B,) each, with `after` for V of a terminal state; without `terminated` all states go on."""
-    if terminated is None:
-        return discount * next_value
-    done = terminated.to(next_value.dtype)
-    return discount * ((1 - done) * next_value + done * after)
 
 
 def least_squares_loss(q_expert: Tensor, q: Tensor, target: Tensor, expert_value: float) -> Tensor:
