@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import arsq
 import dpo_speed
+import dual_rl
 import pmoe
 import ppo_returns
 import sac_returns
@@ -22,6 +23,7 @@ SUITES = {
     "pmoe": pmoe,
     "ppo-returns": ppo_returns,
     "arsq": arsq,
+    "dual-rl": dual_rl,
 }
 
 

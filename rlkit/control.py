@@ -641,10 +641,12 @@ class ControlTrainer(Trainer):
 
     def describe_evaluation(self, record: Mapping[str, Any]) -> str:
         n, mean = record["eval/episodes"], record["eval/mean_reward"]
+        digits = ".1f" if abs(mean) >= 10 else ".3f"
         if n == 1:
-            return f"return {mean:.1f} (n=1, no interval)"
-        interval = f"95 % interval {record['eval/ci95_low']:.1f} to {record['eval/ci95_high']:.1f}"
-        return f"return {mean:.1f} ± {record['eval/std_reward']:.1f} (n={n}, {interval})"
+            return f"return {mean:{digits}} (n=1, no interval)"
+        low, high = (record[f"eval/ci95_{side}"] for side in ("low", "high"))
+        interval = f"95 % interval {low:{digits}} to {high:{digits}}"
+        return f"return {mean:{digits}} ± {record['eval/std_reward']:{digits}} (n={n}, {interval})"
 
     def evaluation_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
         values = {k.removeprefix("eval/"): v for k, v in record.items()}
