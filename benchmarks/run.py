@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import arsq
 import dpo_speed
+import dr_rpo
 import dual_rl
 import pmoe
 import ppo_returns
@@ -24,6 +25,7 @@ SUITES = {
     "ppo-returns": ppo_returns,
     "arsq": arsq,
     "dual-rl": dual_rl,
+    "dr-rpo": dr_rpo,
 }
 
 

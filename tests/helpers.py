@@ -73,7 +73,9 @@ def as_options(fields: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Fields as options of the command line."""
     options: list[str] = []
     for name, value in fields.items():
-        if isinstance(value, Mapping):
+        if name.endswith("env_kwargs"):
+            options += [f"--{name}", *(f"{key}={item}" for key, item in value.items())]
+        elif isinstance(value, Mapping):
             options += as_options(value, f"{prefix}{name}.")
         elif value is not None:
             texts = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]

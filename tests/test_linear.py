@@ -153,17 +153,21 @@ def test_simulated_returns_are_the_exact_ones(shift: float) -> None:
 # --- the grid ----------------------------------------------------------------------------------------------------
 
 
-def test_the_grid_without_slipping_is_walked_to_the_goal() -> None:
+def test_the_grid_without_slipping_is_walked_to_both_goals() -> None:
     env = SlipperyGrid(slip=0.0)
+    left, down, right, up = range(4)
+    for way, rewards in (
+        ((right, right, right, left, left), [0, 0, 0, 0.6, 0]),
+        ((right, right, down, down, down, right, up, up), [0, 0, 0, 0, 0, 0, 1, 0]),
+    ):
+        env.reset(seed=0)
+        assert [env.step(action)[1] for action in way] == rewards
+        assert env.state == 16
     env.reset(seed=0)
-    rewards = [env.step(action)[1] for action in (1, 1, 2, 1, 2, 2, 0, 0)]
-    assert rewards == [0, 0, 0, 0, 0, 0, 1, 0]
-    assert env.state == 16
-    env.reset(seed=0)
-    env.step(2)
-    env.step(1)  # into the hole
-    assert env.state == 5
-    assert [(env.step(3)[1], env.state) for _ in range(2)] == [(0.0, 16), (0.0, 16)]
+    env.step(down)
+    env.step(down)  # into the hole
+    assert env.state == 8
+    assert [(env.step(up)[1], env.state) for _ in range(2)] == [(0.0, 16), (0.0, 16)]
 
 
 def test_robust_values_of_the_grid_are_value_iteration_with_the_worst_law_of_each_pair() -> None:
@@ -180,7 +184,7 @@ def test_robust_values_of_the_grid_are_value_iteration_with_the_worst_law_of_eac
                 law[best] -= moved
                 left -= moved
             law[v.argmin()] += 0.2
-            q[s, a] = float(s == 15) + law @ v
+            q[s, a] = {3: 0.6, 15: 1.0}.get(s, 0.0) + law @ v
         v = q.max(1)
         v[16] = 0
     assert robust_value(env, "tv_radius", 0.2) == pytest.approx(v[0], abs=1e-12)
