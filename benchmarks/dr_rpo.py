@@ -123,9 +123,7 @@ def row(task: str, side: str, seed: int, parameter: str, value: float, found: fl
 
 
 def cartpole(seed: int, steps: int) -> list[dict[str, Any]]:
-    import gymnasium as gym
-
-    from rlkit.envs.perturb import perturbed
+    from rlkit.perturbation import sweep
 
     rows = []
     for side, fields in CARTPOLE_SIDES.items():
@@ -133,10 +131,10 @@ def cartpole(seed: int, steps: int) -> list[dict[str, Any]]:
         trained = agent("CartPole-v1", seed, preset="auto", **fields).learn(steps)
         spent = time.perf_counter() - began
         for parameter, values in CARTPOLE.items():
-            for value in values:
-                make = perturbed(lambda: gym.make("CartPole-v1"), parameter, value)
-                mean = trained.evaluate(20, seed=0, make_env=make)["eval/mean_reward"]
-                rows.append(row("CartPole", side, seed, parameter, value, mean, steps=steps, seconds=round(spent, 1)))
+            rows += [
+                row("CartPole", side, seed, parameter, value, of.mean, steps=steps, seconds=round(spent, 1))
+                for value, of in sweep(trained, parameter, values, episodes=20, seed=0)
+            ]
     return rows
 
 

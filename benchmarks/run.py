@@ -14,6 +14,7 @@ import dr_rpo
 import dual_rl
 import pmoe
 import ppo_returns
+import recoil
 import sac_returns
 import sac_speed
 
@@ -25,6 +26,7 @@ SUITES = {
     "ppo-returns": ppo_returns,
     "arsq": arsq,
     "dual-rl": dual_rl,
+    "recoil": recoil,
     "dr-rpo": dr_rpo,
 }
 

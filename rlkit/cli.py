@@ -214,6 +214,15 @@ def evaluate(args: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or saved folder")
     parser.add_argument("--episodes", type=count, metavar="N", help="episodes, or rows [default: the run's own]")
     parser.add_argument("--seed", type=whole, metavar="S", help="episode k is reset with a seed derived from (S, k)")
+    parser.add_argument(
+        "--perturb",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="then evaluate under changed dynamics, each parameter by itself; may be given several times. VALUES: "
+        "LOW:HIGH:COUNT, A,B,... or A; NAME: mass, friction, gravity, damping, length or force, as factors (1 is "
+        "unperturbed), action_noise, or a numerical keyword of the environment. Table, figure, CSV",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     given = parse(parser, args)
     from rlkit.trainer import load
@@ -221,11 +230,20 @@ def evaluate(args: Sequence[str]) -> int:
     trainer = load(given.run, inference=True)
     if not trainer.can_evaluate():
         raise UserError(f"{given.run}: {trainer.why_no_evaluation(given.run)}")
-    record = trainer.evaluate(given.episodes or trainer.config.eval_episodes or 10, seed=given.seed)
+    episodes, plans = given.episodes or trainer.config.eval_episodes or 10, []
+    if given.perturb:
+        from rlkit import perturbation
+
+        plans = perturbation.plans(trainer, given.perturb)  # so that mistakes are found before the first episode
+    record = trainer.evaluate(episodes, seed=given.seed)
     assert record is not None  # nothing stops it here
     _say(trainer.describe_evaluation(record))
+    values = trainer.evaluation_json(record)
+    if plans:
+        swept = {plan.name: perturbation.report(plan, given.run, episodes, given.seed, _say) for plan in plans}
+        values = {**values, "perturb": swept}
     if given.json:
-        _say(json.dumps(_no_nan(trainer.evaluation_json(record))))
+        _say(json.dumps(_no_nan(values)))
     return 0
 
 

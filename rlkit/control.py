@@ -600,7 +600,6 @@ class ControlTrainer(Trainer):
         seed: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         watch: Watch = lambda index, env, observation, action: None,
-        make_env: Callable[[], gym.Env] | None = None,
     ) -> dict[str, Any] | None:
         """A record of whole episodes, which the main one of several processes runs; None when `should_stop` said so.
 
@@ -610,22 +609,16 @@ class ControlTrainer(Trainer):
             episodes: how many.
             seed: of the episodes; by default the run's.
             watch: sees every step; see `rlkit.evaluate`.
-            make_env: makes the environment, instead of the trainer's own for evaluations.
 
         Raises:
             UserError: there is no environment to evaluate in.
         """
-        return self.processes.from_main(lambda: self._evaluate(episodes, seed, should_stop, watch, make_env))
+        return self.processes.from_main(lambda: self._evaluate(episodes, seed, should_stop, watch))
 
     def _evaluate(
-        self,
-        episodes: int,
-        seed: int | None,
-        should_stop: Callable[[], bool],
-        watch: Watch,
-        make_env: Callable[[], gym.Env] | None,
+        self, episodes: int, seed: int | None, should_stop: Callable[[], bool], watch: Watch
     ) -> dict[str, Any] | None:
-        make_env = make_env or self.make_eval_env()
+        make_env = self.make_eval_env()
         if make_env is None:
             raise UserError("evaluation needs an environment of its own: pass `eval_env=` (a function that makes one)")
         self._set_training(False)

@@ -1,8 +1,8 @@
-"""Learning curves from run folders.
+"""Learning curves from run folders, and returns over a parameter of the environment.
 
-One panel a task; in it one curve for each group of runs of the same trainer and preset. A group of one run
-shows its evaluations; several runs show their mean with the 95 % Student interval over runs, at the steps that all of
-them evaluated.
+Of learning curves one panel a task; in it one curve for each group of runs of the same trainer and preset. A group of
+one run shows its evaluations; several runs show their mean with the 95 % Student interval over runs, at the steps that
+all of them evaluated.
 """
 
 from __future__ import annotations
@@ -101,6 +101,42 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
         axis.set(title=task, xlabel="environment steps" if labels == {"return"} else "steps", ylabel=labels.pop())
         axis.grid(alpha=0.3)
         axis.legend(loc="best", frameon=False)
+    return _save(figure, out)
+
+
+def plot_sweep(
+    name: str,
+    points: Sequence[tuple[float, float, float, float]],
+    out: Path,
+    *,
+    title: str,
+    episodes: int,
+    nominal: float | None = None,
+) -> Path:
+    """Draw mean returns with their 95 % intervals against a parameter into the image `out`.
+
+    Args:
+        name: of the parameter, the horizontal axis.
+        points: value, mean, both ends of the interval (NaN for one episode).
+        nominal: where the dynamics are unperturbed, a vertical line; None draws none.
+
+    Raises:
+        UserError: an image that cannot be written.
+    """
+    figure = Figure(figsize=(6.4, 4.2))
+    axis = figure.subplots()
+    values, mean, low, high = np.array(sorted(points), dtype=float).T
+    what = f"mean of {episodes} episodes, 95 % interval" if episodes > 1 else "one episode (n=1)"
+    axis.errorbar(values, mean, [mean - low, high - mean], marker="o", markersize=3, capsize=3, label=what)
+    if nominal is not None and values[0] <= nominal <= values[-1]:
+        axis.axvline(nominal, color="gray", linestyle=":", label="unperturbed")
+    axis.set(title=title, xlabel=name, ylabel="return")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="best", frameon=False)
+    return _save(figure, out)
+
+
+def _save(figure: Figure, out: Path) -> Path:
     figure.tight_layout()
     try:
         figure.savefig(out, dpi=120)

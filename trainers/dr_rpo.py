@@ -47,11 +47,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rlkit import envs
 from rlkit.buffer import RolloutBuffer
 from rlkit.config import Count, Fraction, NonNegative, Positive
 from rlkit.control import ControlConfig, ControlTrainer
 from rlkit.envs.features import FeatureMap, check_simplex, kernel_features, rebuilt
-from rlkit.envs.linear import LinearMDP, robust_value, robust_values, simulate
+from rlkit.envs.linear import LinearMDP, robust_q, robust_value, robust_values, simulate
 from rlkit.errors import UserError
 from rlkit.nets import ToFloat32
 from rlkit.robust import DUALS, chi2_penalty, chi2_radius, kl_penalty, kl_radius, tv_penalty, tv_radius
@@ -78,7 +79,7 @@ class DRRPOConfig(ControlConfig):
     uncertainty: Uncertainty = "tv_radius"
     """What the adversary may do to each factor: move it within a radius, or at a price (`penalty`). Kullback-Leibler
     and chi-square cannot move mass to states that never follow; total variation can."""
-    radius: Fraction | NonNegative | Table = 0.1
+    radius: NonNegative | Table = 0.1
     """Of `tv_radius` (at most 1), `kl_radius` and `chi2_radius`: one number, or a table of rows by step, of a number
     for each factor."""
     sigma: Positive = 1.0
@@ -362,8 +363,9 @@ class DRRPO(ControlTrainer):
         config: DRRPOConfig = self.config
         if self._recipe is not None:
             return rebuilt(self._recipe)
-        make = self.make_eval_env()
-        env: Any = self._spec if isinstance(self._spec, gym.Env) else None if make is None else make()
+        # Of the source: evaluations may be in another environment.
+        own = envs.single(self._spec, config.env_kwargs) if isinstance(self._spec, str) else super().make_eval_env()
+        env: Any = self._spec if isinstance(self._spec, gym.Env) else None if own is None else own()
         if env is None:
             raise UserError("`features`: they are made from an environment: give an id, an object, or `eval_env`")
         try:
@@ -396,11 +398,15 @@ class DRRPO(ControlTrainer):
         except (ImportError, AttributeError) as error:
             raise UserError(f"`features`: {config.features}: {error}") from error
 
+    @property
+    def _level(self) -> NDArray[Any]:
+        """The radius, or the price, as it was given."""
+        config: DRRPOConfig = self.config
+        return np.asarray(config.radius if config.uncertainty.endswith("radius") else config.sigma, np.float64)
+
     def _levels(self, features: FeatureMap) -> NDArray[Any]:
         """The radius, or the price, of each factor in each step: (H, d)."""
-        config: DRRPOConfig = self.config
-        shape = (features.horizon, features.size)
-        given = np.asarray(config.radius if config.uncertainty.endswith("radius") else config.sigma, np.float64)
+        shape, given = (features.horizon, features.size), self._level
         if given.ndim and given.shape != shape:
             raise UserError(f"`radius`: a table of shape {given.shape}; expected one number, or {shape}")
         return np.broadcast_to(given, shape)
@@ -433,12 +439,10 @@ class DRRPO(ControlTrainer):
 
     def make_eval_env(self) -> Callable[[], gym.Env] | None:
         config: DRRPOConfig = self.config
-        if not config.eval_env_kwargs:
+        if not config.eval_env_kwargs or self._eval_env is not None:
             return super().make_eval_env()
         if not isinstance(self._spec, str):
             raise UserError("`eval_env_kwargs`: they are of environments given by id; give `eval_env` instead")
-        from rlkit import envs
-
         return envs.single(self._spec, {**config.env_kwargs, **config.eval_env_kwargs})
 
     # Experience
@@ -610,14 +614,11 @@ class DRRPO(ControlTrainer):
         env: Any = None if make is None else make().unwrapped
         if not isinstance(env, LinearMDP) or not np.isfinite(self.table(env)).all():
             return []
-        config: DRRPOConfig = self.config
-        level: Any = np.asarray(config.radius if config.uncertainty.endswith("radius") else config.sigma)
-        kind = "tv_radius" if config.uncertainty == "none" else config.uncertainty
-        level = 0.0 if config.uncertainty == "none" else level
+        kind, level = self.config.uncertainty, self._level
+        if kind == "none":
+            kind, level = "tv_radius", np.zeros(())
 
         def greedy(divergence: str, at: Any) -> NDArray[Any]:
-            from rlkit.envs.linear import robust_q
-
             q = robust_q(env, robust_values(env, divergence, at), divergence, at)
             return np.asarray(np.eye(q.shape[-1])[q.argmax(-1)])
 
@@ -629,8 +630,10 @@ class DRRPO(ControlTrainer):
         for what, policy in shown.items():
             worst = robust_value(env, kind, level, policy=policy)
             source, target = simulate(env, policy, env.factors), simulate(env, policy)
-            lines.append(f"{what}: exact return in the source {source:.3f}, in the evaluation's {target:.3f}, ")
-            lines[-1] += f"against the worst dynamics near the source {worst:.3f}"
+            lines.append(
+                f"{what}: exact return in the source {source:.3f}, in the evaluation's {target:.3f}, against the worst "
+                f"dynamics near the source {worst:.3f}"
+            )
         return lines
 
     def describe(self) -> str:
