@@ -45,7 +45,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "SlipperyGrid": {
         "env": "rlkit/SlipperyGrid-v0", "parameter": "slip", "values": [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
-        "nominal": 0.1, "steps": 12 * 400, "fields": {"eta": 0.01, "beta": 0.05},
+        "nominal": 0.1, "steps": 12 * 1_000, "fields": {"eta": 0.01, "beta": 0.3, "plan_growth": 0.02},
         "levels": {"tv_radius": 0.1, "tv_penalty": 0.7, "kl_penalty": 0.3, "chi2_penalty": 0.3},
     },
     "AmericanPut": {

@@ -81,6 +81,7 @@ class Dataset:
         cut_off: episodes whose recording stopped before their end; their last transition counts as truncated.
         env_spec: of the environment with its arguments, where the source says.
         reference: returns of a random and of an expert policy, where the source says.
+        has_rewards: False where `reward` is zeros in place of what was not recorded.
     """
 
     rows: dict[str, NDArray[Any]]
@@ -92,6 +93,7 @@ class Dataset:
     cut_off: frozenset[int] = frozenset()
     env_spec: EnvSpec | None = None
     reference: tuple[float, float] | None = None
+    has_rewards: bool = True
 
     def __len__(self) -> int:
         """Transitions."""
@@ -128,10 +130,12 @@ class Dataset:
         episode; (0, 100) is everything.
 
         Raises:
-            UserError: not 0 <= low < high <= 100, or no episode lies there.
+            UserError: not 0 <= low < high <= 100, no episode lies there, or there are no rewards to go by.
         """
         if not 0 <= low < high <= 100:
             raise UserError(f"band: got {low:g} to {high:g}; expected 0 <= low < high <= 100")
+        if not self.has_rewards and (low, high) != (0, 100):
+            raise UserError(f"{self.source}: has no `rewards`, so no band {low:g} to {high:g} of its returns")
         n = len(self.lengths)
         percentile = np.empty(n)
         percentile[np.argsort(self.returns, kind="stable")] = 100 * (np.arange(n) + 0.5) / n
@@ -165,13 +169,14 @@ class Dataset:
         return digest.hexdigest()
 
 
-def read(source: str | Path | Mapping[str, Any] | minari.MinariDataset | Dataset) -> Dataset:
+def read(source: str | Path | Mapping[str, Any] | minari.MinariDataset | Dataset, *, rewards: bool = True) -> Dataset:
     """The transitions of `source`.
 
     Args:
         source: an `.npz` or D4RL-style `.hdf5` or `.h5` file, or a mapping, of flat arrays `observations, actions,
             rewards, terminals`, with `timeouts`, `next_observations` or both; a Minari dataset: `minari:<id>` (local,
             else downloaded), its folder, or the object.
+        rewards: whether flat arrays have to have `rewards`; otherwise zeros take the place of missing ones.
 
     Raises:
         UserError: it is not there, cannot be read, lacks an array, or holds what is no transition: NaN, infinity,
@@ -180,10 +185,10 @@ def read(source: str | Path | Mapping[str, Any] | minari.MinariDataset | Dataset
     if isinstance(source, Dataset):
         return source
     if isinstance(source, Mapping):
-        return _from_flat(source, "the mapping")
+        return _from_flat(source, "the mapping", rewards=rewards)
     if isinstance(source, str | Path):
         text = str(source)
-        return _from_minari_id(text.removeprefix(MINARI)) if text.startswith(MINARI) else _from_path(text)
+        return _from_minari_id(text.removeprefix(MINARI)) if text.startswith(MINARI) else _from_path(text, rewards)
     module = sys.modules.get("minari")  # whoever has such an object has imported it
     if module is not None and isinstance(source, module.MinariDataset):
         return _from_minari(source, f"{MINARI}{source.id}")
@@ -208,7 +213,7 @@ def is_recording(source: str | Path) -> bool:
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def _from_path(text: str) -> Dataset:
+def _from_path(text: str, rewards: bool) -> Dataset:
     try:
         path = Path(text).expanduser()
         is_dir, is_file = path.is_dir(), path.is_file()
@@ -220,9 +225,9 @@ def _from_path(text: str) -> Dataset:
         raise UserError(f"data: no file `{text}`{_near(path, text)}")
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        return _from_flat(_npz(path), text)
+        return _from_flat(_npz(path), text, rewards=rewards)
     if suffix in SUFFIXES:
-        return _from_hdf5(path)
+        return _from_hdf5(path, rewards)
     raise UserError(f"data: {text} ends in `{suffix}`; expected one of {', '.join(SUFFIXES)}, or `minari:<id>`")
 
 
@@ -250,7 +255,7 @@ def _npz(path: Path) -> dict[str, NDArray[Any]]:
     raise UserError(f"{path}: a single array, not an .npz of several; save them by name: np.savez")
 
 
-def _from_hdf5(path: Path) -> Dataset:
+def _from_hdf5(path: Path, rewards: bool) -> Dataset:
     import h5py
 
     try:
@@ -266,20 +271,24 @@ def _from_hdf5(path: Path) -> Dataset:
             wanted = {name: file[name][()] for name in names if name in (*REQUIRED, *OPTIONAL)}
     except (OSError, KeyError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as HDF5: {error}") from None
-    return _from_flat(wanted, str(path), names)
+    return _from_flat(wanted, str(path), names, rewards=rewards)
 
 
-def _from_flat(arrays: Mapping[str, Any], source: str, names: Iterable[str] | None = None) -> Dataset:
+def _from_flat(
+    arrays: Mapping[str, Any], source: str, names: Iterable[str] | None = None, *, rewards: bool = True
+) -> Dataset:
     """Transitions of flat arrays.
 
     Args:
         names: of all arrays that there are, if `arrays` has only those that are used.
+        rewards: whether they have to be there.
     """
     names = list(arrays if names is None else names)
-    missing = [name for name in REQUIRED if name not in names]
+    required = [name for name in REQUIRED if rewards or name != "rewards"]
+    missing = [name for name in required if name not in names]
     if missing:
         raise UserError(
-            f"{source}: missing {_quoted(missing)}; found {_quoted(names) or 'nothing'}; expected {_quoted(REQUIRED)}, "
+            f"{source}: missing {_quoted(missing)}; found {_quoted(names) or 'nothing'}; expected {_quoted(required)}, "
             f"and {_quoted(OPTIONAL)} where the data have them"
         )
     unused = [name for name in names if name not in (*REQUIRED, *OPTIONAL)]
@@ -293,7 +302,12 @@ def _from_flat(arrays: Mapping[str, Any], source: str, names: Iterable[str] | No
         raise UserError(f"{source}: holds no transitions")
     obs = _flat_observations(source, "observations", values["observations"])
     columns = {"observations": obs, "actions": _actions(source, values["actions"])}
-    columns["rewards"] = _rewards(source, values["rewards"])
+    has_rewards = "rewards" in values
+    if has_rewards:
+        columns["rewards"] = _rewards(source, values["rewards"])
+    else:
+        columns["rewards"] = np.zeros(n, np.float32)
+        notes.append("no `rewards`: taken as zeros, which nothing is learned from")
     next_obs = None
     if "next_observations" in values:
         next_obs = _flat_observations(source, "next_observations", values["next_observations"])
@@ -325,7 +339,7 @@ def _from_flat(arrays: Mapping[str, Any], source: str, names: Iterable[str] | No
     cut_off = {int(rows["episode"][-1])} if cut else set()
     if cut:
         notes.append("the last episode stops in the middle: its end counts as truncated")
-    dataset = Dataset(rows, source, notes=tuple(notes), cut_off=frozenset(cut_off))
+    dataset = Dataset(rows, source, notes=tuple(notes), cut_off=frozenset(cut_off), has_rewards=has_rewards)
     return dataset if next_obs is not None else _without_lost(dataset)
 
 

@@ -62,13 +62,3 @@ def recording(skills: Sequence[float], episodes: int = 10, seed: int = 0) -> dic
 def mixed_data() -> dict[str, Array]:
     """100 episodes, 20,000 transitions, from random torques to a controller that acts most of the time."""
     return recording((0.0, 0.25, 0.5, 0.75, 0.9), episodes=20)
-
-
-def few_good_data() -> dict[str, Array]:
-    """50 episodes, 10,000 transitions: five of them of the controller, the others of random torques."""
-    return recording((0.0,) * 9 + (1.0,), episodes=5)
-
-
-def expert_data() -> dict[str, Array]:
-    """200 transitions: one episode of the controller, from other seeds than `few_good_data`."""
-    return recording((1.0,), episodes=1, seed=7)

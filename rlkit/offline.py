@@ -66,6 +66,8 @@ class OfflineTrainer(ControlTrainer):
     task_fields: ClassVar[tuple[str, ...]] = ("env", "data")
     recordings: ClassVar[tuple[str, ...]] = ("data",)
     """Fields that name recordings; the first is the one that bands and ranges of returns are of."""
+    needs_rewards: ClassVar[bool] = True
+    """Whether recordings have to have rewards; where they are ignored, zeros stand for those that are missing."""
 
     data: RolloutBuffer | None
     """Recorded transitions, in the columns of `buffer`; None without `data`, and in a trainer loaded to predict."""
@@ -161,7 +163,7 @@ class OfflineTrainer(ControlTrainer):
     def _recording(self, name: str, source: str) -> Dataset:
         if name in self._given:
             given = self._given[name]
-            return given if isinstance(given, Dataset) else offline.read(given)
+            return given if isinstance(given, Dataset) else offline.read(given, rewards=self.needs_rewards)
         if source.startswith("<"):
             raise UserError(
                 f"this run learned from Python data, {source}: pass it again, "
@@ -169,12 +171,14 @@ class OfflineTrainer(ControlTrainer):
             )
         module, _, function = source.partition(":")
         if not function or offline.is_recording(source) or Path(source).exists():
-            return offline.read(source)
+            return offline.read(source, rewards=self.needs_rewards)
         try:
             made = getattr(importlib.import_module(module), function)()
         except (ImportError, AttributeError) as error:
             raise UserError(f"`{name}`: {source}: {error}") from error
-        return made if isinstance(made, Dataset) else replace(offline.read(made), source=source)
+        if isinstance(made, Dataset):
+            return made
+        return replace(offline.read(made, rewards=self.needs_rewards), source=source)
 
     def _load_data(self) -> None:
         for name in self.recordings:

@@ -29,6 +29,10 @@ RECORDED = [
     "--env", "rlkit/TwinThrust-v0", "--data", "rlkit.envs.coordination:twin_thrust_data", "--offline_steps", "600",
     *SETTING[SETTING.index("--n_envs"):],
 ]  # fmt: skip
+PLANNED = [
+    "--env", "rlkit/SlipperyGrid-v0", "--n_envs", "2", "--uncertainty", "tv_penalty", "--plan_every", "3",
+    *SETTING[SETTING.index("--eval_every"):],
+]  # fmt: skip
 STEPS = 1600
 
 
@@ -84,10 +88,12 @@ def test_five_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"), [("pmoe_ppo", ON_POLICY), ("arsq", RECORDED)], ids=["rollouts", "recordings, then online"]
+    ("name", "setting"),
+    [("pmoe_ppo", ON_POLICY), ("arsq", RECORDED), ("dr_rpo", PLANNED)],
+    ids=["rollouts", "recordings, then online", "plans"],
 )
 def test_kills_of_other_ways_to_collect(name: str, setting: list[str], tmp_path: Path) -> None:
-    """In the middle of rollouts and epochs; while learning from recordings, and after."""
+    """In the middle of rollouts and epochs; while learning from recordings, and after; between plans."""
     subprocess.run(train(tmp_path / "whole", name=name, setting=setting), check=True, capture_output=True)
     command = train(tmp_path / "run", name=name, setting=setting)
     assert kill_until_finished(tmp_path / "run", kills=2, seed=0, command=command) >= 1

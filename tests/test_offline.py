@@ -600,6 +600,24 @@ def test_bands_that_meet_share_no_episode_and_lose_none(n: int) -> None:
         assert sorted(found) == (2.0 * np.arange(n)).tolist()
 
 
+def test_rewards_can_be_missing_where_they_are_not_needed(tmp_path: Path) -> None:
+    """Zeros, a note, and no bands; the rest as with them, in each flat form."""
+    bare = small(rewards=None)
+    np.savez(tmp_path / "data.npz", **bare)
+    for source in (bare, tmp_path / "data.npz", write_hdf5(tmp_path / "data.h5", bare)):
+        with pytest.raises(UserError, match="missing `rewards`"):
+            offline.read(source)
+        found, whole = offline.read(source, rewards=False), offline.read(small(), rewards=False)
+        assert (found.has_rewards, whole.has_rewards) == (False, True)
+        assert found.rows["reward"].tolist() == [0.0] * 6
+        for name in found.rows.keys() - {"reward"}:
+            np.testing.assert_array_equal(found.rows[name], whole.rows[name])
+        assert set(found.notes) - set(whole.notes) == {"no `rewards`: taken as zeros, which nothing is learned from"}
+        assert found.band(0, 100) is found
+        with pytest.raises(UserError, match="has no `rewards`, so no band 0 to 50 of its returns"):
+            found.band(0, 50)
+
+
 def test_a_band_keeps_which_episodes_were_cut_off() -> None:
     dataset = offline.read(small())  # returns 3, 12, 6; the last is cut off
     assert dataset.returns.tolist() == [3, 12, 6]

@@ -55,6 +55,22 @@ TRAINERS: dict[str, Entry] = {
         data="expert and other transitions of Box-action environments, without rewards",
         actions=("Box",),
     ),
+    "dr_rpo": Entry(
+        target="rlkit.trainers.dr_rpo:DRRPO",
+        paper="Policy Regularized Distributionally Robust Markov Decision Processes with Linear Function "
+        "Approximation, arXiv:2510.14246",
+        status="reconstructed",
+        data="environments with discrete actions and linear features",
+        actions=("Discrete",),
+    ),
+    "smodice": Entry(
+        target="rlkit.trainers.smodice:SMODICE",
+        paper="Versatile Offline Imitation from Observations and Examples via Regularized State-Occupancy Matching, "
+        "arXiv:2202.02433",
+        status="variant",
+        data="expert and other transitions of Box-action environments, without rewards",
+        actions=("Box",),
+    ),
     "sft": Entry(
         target="rlkit.trainers.sft:SFT",
         paper="Training language models to follow instructions with human feedback, arXiv:2203.02155",

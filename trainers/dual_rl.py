@@ -180,22 +180,28 @@ class CloningConfig(OfflineConfig):
     environments serve evaluation only, and `--steps` counts updates."""
     batch_size: Count = 1024
     """Transitions of an update."""
-    tau: Fraction = 0.005
-    """Averaging rate of the target critics."""
     policy_temperature: NonNegative = 3.0
     """tau of the policy's weights exp(tau (Q - V)), in 1 / units of reward; 0 is behaviour cloning."""
     weight_clip: Positive = 100.0
     """The largest weight."""
     policy_schedule: Literal["constant", "cosine"] = "cosine"
     """Of the policy's learning rate over the first budget; `cosine` falls to zero."""
-    max_clip: Positive = 7.0
-    """Where the exponent of the Gumbel loss ends."""
     policy_kwargs: DualRLNetConfig = field(default_factory=DualRLNetConfig)
     """The networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualRLConfig(CloningConfig):
+class CriticConfig(CloningConfig):
+    """Of those whose V is an implicit maximum of critics."""
+
+    tau: Fraction = 0.005
+    """Averaging rate of the target critics."""
+    max_clip: Positive = 7.0
+    """Where the exponent of the Gumbel loss ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualRLConfig(CriticConfig):
     """Defaults are the authors' code's for MuJoCo, but for what the module's text says."""
 
     divergence: Divergence = "chi2"
@@ -272,7 +278,8 @@ class ActionValue(nn.Module):
 class CloningTrainer(OfflineTrainer):
     """Base of trainers of V, critics and a policy that clones recorded actions by weight; acting is settled here.
 
-    A subclass has `_step(batch, masks, noise)`, which makes one update of all parts.
+    A subclass has `_step(batch, masks, noise)`, which makes one update of all parts; one with other networks has its
+    `networks`, too.
     """
 
     Config: ClassVar[type[CloningConfig]] = CloningConfig
@@ -287,18 +294,15 @@ class CloningTrainer(OfflineTrainer):
 
     def build(self) -> None:
         config: CloningConfig = self.config
-        net, shape = config.policy_kwargs, (self.obs_dim, self.action_dim)
-        actor, value, critic, target = (
-            GaussianPolicy(*shape, net), StateValue(self.obs_dim, net), ActionValue(*shape, net),
-            ActionValue(*shape, net),
-        )  # fmt: skip
-        if net.ortho_init:
-            for module in (actor, value, critic):
+        trained, targets = self.networks()
+        if config.policy_kwargs.ortho_init:
+            for module in trained.values():
                 orthogonal_(module, math.sqrt(2))
-        target.requires_grad_(False).load_state_dict(critic.state_dict())
-        normalizer = RunningNorm(self.obs_dim) if config.normalize_obs else ToFloat32()
-        self.track(normalizer=normalizer, actor=actor, value=value, critic=critic, critic_target=target)
-        for name, module in (("actor", actor), ("value", value), ("critic", critic)):
+        for name, module in targets.items():
+            module.requires_grad_(False).load_state_dict(trained[name].state_dict())
+        self.track(normalizer=RunningNorm(self.obs_dim) if config.normalize_obs else ToFloat32(), **trained)
+        self.track(**{f"{name}_target": module for name, module in targets.items()})
+        for name, module in trained.items():
             self.track(**{f"{name}_optimizer": Adam(module.parameters(), config.learning_rate)})
         # An offline run never fills it.
         size = 1 if config.offline_steps == "all" else config.buffer_size
@@ -306,6 +310,15 @@ class CloningTrainer(OfflineTrainer):
         self.open_data()
         self._update = self.compilable(self._step)
         self._explore = self.compilable(self._sample)
+
+    def networks(self) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        """What is trained, and the targets of some of it, by name."""
+        net, shape = self.config.policy_kwargs, (self.obs_dim, self.action_dim)
+        trained: dict[str, nn.Module] = {
+            "actor": GaussianPolicy(*shape, net), "value": StateValue(self.obs_dim, net),
+            "critic": ActionValue(*shape, net),
+        }  # fmt: skip
+        return trained, {"critic": ActionValue(*shape, net)}
 
     # Acting
 

@@ -33,20 +33,18 @@ import torch
 from torch import Tensor
 
 from rlkit.config import NonNegative, Positive
-from rlkit.errors import UserError
 from rlkit.optim import descend, polyak_
 from rlkit.trainer import Batch
-from rlkit.trainers.dual_rl import CloningConfig, CloningTrainer, discounted_value, gumbel
+from rlkit.trainers.dual_rl import CriticConfig, discounted_value, gumbel
+from rlkit.trainers.imitation import ImitationConfig, ImitationTrainer
 
 PolicyStates = Literal["expert", "suboptimal", "mixture"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReCOILConfig(CloningConfig):
+class ReCOILConfig(ImitationConfig, CriticConfig):
     """Defaults are the authors' code's."""
 
-    expert_data: str | None = None
-    """Recorded transitions to imitate, named as `data` is. Rewards are ignored in both."""
     form: Literal["least_squares", "chi2"] = "least_squares"
     """How Q is learned; see the module's text."""
     beta: Annotated[float, limits.Interval(gt=0, lt=1)] = 0.5
@@ -56,10 +54,8 @@ class ReCOILConfig(CloningConfig):
     bellman_coef: NonNegative = 0.25
     """c of `form: chi2`."""
     implied_reward: Positive = 2.0
-    """k of `form: least_squares`: the reward of other pairs is -k, Q of the expert k / (1 - gamma)."""
-    terminal: Literal["ends", "absorbing"] = "ends"
-    """What follows a terminal state: nothing, which is worth -k / (1 - gamma) in `form: least_squares` and 0 in `chi2`;
-    or V of that state, as if it went on, which suits tasks that end on success."""
+    """k of `form: least_squares`: the reward of other pairs is -k, Q of the expert k / (1 - gamma), and what follows a
+    terminal state -k / (1 - gamma); in `form: chi2` that is 0."""
     value_temperature: Positive = 1.0
     """Of the Gumbel loss that makes V the maximum of Q. Raise it (2.5, 5, 10, 20) where Q diverges."""
 
@@ -92,42 +88,21 @@ def chi2_loss(
     return (gap + bellman_coef * residual).sum()
 
 
-class ReCOIL(CloningTrainer):
+class ReCOIL(ImitationTrainer):
     """Imitation by matching mixtures; see the module's text."""
 
     Config = ReCOILConfig
     name = "recoil"
-    task_fields = ("env", "data", "expert_data")
-    recordings = ("data", "expert_data")
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "small": {"batch_size": 256, "learning_rate": 1e-3, "policy_kwargs": {"net_arch": [64, 64]}},
-    }  # fmt: skip
     default_task: ClassVar[Mapping[str, Any]] = {
-        "env": "Pendulum-v1", "data": "rlkit.envs.swing_up:few_good_data",
-        "expert_data": "rlkit.envs.swing_up:expert_data", "preset": "small", "gamma": 0.95, "steps": 6_000,
-        "log_every": 500, "eval_every": 2_000, "eval_episodes": 20,
+        "env": "rlkit/Corridor-v0", "data": "rlkit.envs.corridor:mixed_data",
+        "expert_data": "rlkit.envs.corridor:expert_data", "preset": "small", "gamma": 0.95, "form": "chi2",
+        "beta": 0.8, "value_temperature": 0.1, "policy_temperature": 10.0, "steps": 6_000, "log_every": 500,
+        "eval_every": 2_000, "eval_episodes": 50,
     }  # fmt: skip
 
     def build(self) -> None:
-        config: ReCOILConfig = self.config
-        if config.gamma >= 1:
-            raise UserError(f"`gamma`: got {config.gamma}; the values that expert pairs are given need gamma below 1")
-        if config.return_range is not None or config.reward:
-            raise UserError("`reward` and `return_range`: there are no rewards in imitation; leave them out")
-        if config.data is None or config.expert_data is None:
-            missing = "data" if config.data is None else "expert_data"
-            raise UserError(f"`{missing}`: recoil needs a recording in `data`, and what to imitate in `expert_data`")
-        self.best = config.implied_reward / (1 - config.gamma)
         super().build()
-
-    def batch(self) -> Batch:
-        """`batch_size` rows of `data` (and own ones), and as many of the expert's as `expert_obs` and so on."""
-        size = self.config.batch_size
-        batch = self.experience(size, self.rng["sample"])
-        expert = self.recorded["expert_data"].sample(size, self.rng["expert"])
-        return batch | {
-            f"expert_{name}": expert[name] for name in ("obs", "action", "next_obs", "discount", "terminated")
-        }
+        self.best = self.config.implied_reward / (1 - self.config.gamma)
 
     def _step(self, batch: Batch, masks: list[Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         """V, policy, critics, targets, in that order: one gradient step each, each with what is new before it."""
