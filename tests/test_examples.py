@@ -59,8 +59,14 @@ def from_recordings(out: str) -> None:
     assert 9 < again < best
 
 
+def robust_policy(out: str) -> None:
+    plain, robust = (numbers(rf"{kind} policy:\s+(\S+) (\S+) (\S+)", out) for kind in ("plain", "robust"))
+    assert plain[0] > robust[0] - 0.3  # where it learned, caution costs little or nothing
+    assert robust[2] > plain[2] + 1  # at five times the risk
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
-    f.__name__: f for f in (own_environment, own_reward, own_trainer, from_recordings)
+    f.__name__: f for f in (own_environment, own_reward, own_trainer, from_recordings, robust_policy)
 }
 
 
