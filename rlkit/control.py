@@ -642,11 +642,13 @@ class ControlTrainer(Trainer):
     def describe_evaluation(self, record: Mapping[str, Any]) -> str:
         n, mean = record["eval/episodes"], record["eval/mean_reward"]
         digits = ".1f" if abs(mean) >= 10 else ".3f"
+        success = record.get("eval/success_rate")
+        rate = "" if success is None else f", success {100 * success:.0f} %"
         if n == 1:
-            return f"return {mean:{digits}} (n=1, no interval)"
+            return f"return {mean:{digits}} (n=1, no interval){rate}"
         low, high = (record[f"eval/ci95_{side}"] for side in ("low", "high"))
         interval = f"95 % interval {low:{digits}} to {high:{digits}}"
-        return f"return {mean:{digits}} ± {record['eval/std_reward']:{digits}} (n={n}, {interval})"
+        return f"return {mean:{digits}} ± {record['eval/std_reward']:{digits}} (n={n}, {interval}){rate}"
 
     def evaluation_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
         values = {k.removeprefix("eval/"): v for k, v in record.items()}

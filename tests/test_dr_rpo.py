@@ -376,6 +376,7 @@ def nothing(env: Any) -> None:
         ({"env": "CartPole-v1", "features": "kernel", "n_features": 9, "alpha": 1.0}, "finitely many"),
         ({"env": "CartPole-v1", "features": "kernel", "n_features": 9, "pooled": False}, "`pooled`"),
         ({"env": "Pendulum-v1"}, "Discrete"),
+        ({"env": "FrozenLake-v1"}, "`rlkit/Finite-v0`"),
         ({"env": "CartPole-v1"}, "has none of its own"),
     ],
 )  # fmt: skip
