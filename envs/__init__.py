@@ -20,7 +20,7 @@ from gymnasium.envs.registration import EnvSpec
 
 import rlkit.envs.coordination
 import rlkit.envs.corridor
-import rlkit.envs.features
+import rlkit.envs.finite
 import rlkit.envs.linear
 import rlkit.envs.obstacles
 import rlkit.envs.peaks  # noqa: F401 (all of them register their tasks with gymnasium)

@@ -46,7 +46,7 @@ def flat_space(space: Space[Any], name: str = "observation") -> Box:
         dtype = np.result_type(*(part.dtype for part in parts))
         low, high = (np.concatenate([getattr(p, side).astype(dtype) for p in parts]) for side in ("low", "high"))
         return Box(low, high, dtype=dtype.type)
-    tables = ", or, for learners of tables, with rlkit.envs.features.Finite (`rlkit/Finite-v0`)"
+    tables = ", or, for learners of tables, with rlkit.envs.finite.Finite (`rlkit/Finite-v0`)"
     raise UserError(
         f"{name} is {_show(space)}; supported are `Box` and (nested) `Dict` of `Box`: wrap the environment with "
         f"gymnasium.wrappers.FlattenObservation{tables if isinstance(space, Discrete) else ''}"

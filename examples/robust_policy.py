@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 
 import rlkit
-from rlkit.envs.features import Finite
+from rlkit.envs.finite import Finite
 from rlkit.perturbation import sweep
 
 

@@ -14,15 +14,14 @@ from torch import Tensor
 
 import rlkit
 from rlkit.envs.features import (
-    FINITE_ID,
     FeatureMap,
-    Finite,
     KernelFeatures,
     PutFeatures,
     TableFeatures,
     check_simplex,
     kernel_features,
 )
+from rlkit.envs.finite import FINITE_ID, Finite
 from rlkit.envs.linear import (
     GRID_ID,
     PUT_ID,
