@@ -239,15 +239,8 @@ def clock_one(levels: int, d: int, bins: int) -> None:
             indices.flatten(1)[:, p] = advantage[:, p].argmax(1)
         return arsq.decode(indices, levels, bins)
 
-    n, obs_dim = 512, 17
-    rng = np.random.default_rng(0)
-    ends = np.arange(n) % 64 == 63
-    data = {
-        "observations": rng.normal(size=(n, obs_dim)).astype(np.float32),
-        "next_observations": rng.normal(size=(n, obs_dim)).astype(np.float32),
-        "actions": rng.uniform(-1, 1, (n, d)).astype(np.float32), "rewards": rng.normal(size=n),
-        "terminals": np.zeros(n, bool), "timeouts": ends,
-    }  # fmt: skip
+    obs_dim = 17
+    data = made_up(512, obs_dim, d)
     env = still(obs_dim, d)
     seconds: dict[str, list[float]] = defaultdict(list)
     agents: dict[str, Any] = {}
@@ -263,6 +256,17 @@ def clock_one(levels: int, d: int, bins: int) -> None:
             act = naive_action if kind == "naive" else arsq.ARSQ.act
             seconds[f"{kind}: action"].append(timed(lambda act=act, agent=agent, obs=obs: act(agent, obs, True)))
     print(json.dumps({key: median(values[2:]) for key, values in seconds.items()}))
+
+
+def made_up(n: int, obs_dim: int, d: int) -> dict[str, Any]:
+    """`n` random transitions in episodes of 64."""
+    rng = np.random.default_rng(0)
+    return {
+        "observations": rng.normal(size=(n, obs_dim)).astype(np.float32),
+        "next_observations": rng.normal(size=(n, obs_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (n, d)).astype(np.float32), "rewards": rng.normal(size=n),
+        "terminals": np.zeros(n, bool), "timeouts": np.arange(n) % 64 == 63,
+    }  # fmt: skip
 
 
 def still(obs_dim: int, d: int) -> Any:

@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import arsq
 import common
 import numpy as np
 from common import RESULTS, append, interquartile, machine, read, table
@@ -231,17 +232,8 @@ def clock_one(kind: str) -> None:  # noqa: C901 (the plain update stands in one 
     from rlkit.trainers.dual_rl import chi2
 
     torch.set_num_threads(1)
-    n, obs_dim, d, batch = 5_000, 17, 6, 256
-    rng = np.random.default_rng(0)
-    ends = np.arange(n) % 100 == 99
-    data = {
-        "observations": rng.normal(size=(n, obs_dim)).astype(np.float32),
-        "next_observations": rng.normal(size=(n, obs_dim)).astype(np.float32),
-        "actions": rng.uniform(-1, 1, (n, d)).astype(np.float32), "rewards": rng.normal(size=n),
-        "terminals": np.zeros(n, bool), "timeouts": ends,
-    }  # fmt: skip
-    import arsq
-
+    obs_dim, d, batch = 17, 6, 256
+    data = arsq.made_up(5_000, obs_dim, d)
     fields: dict[str, Any] = {
         "batch_size": batch, "offline_steps": "all", "policy_kwargs": {"net_arch": (256, 256)}, "eval_episodes": 0,
         "policy_schedule": "constant",
