@@ -180,7 +180,7 @@ def unification(seeds: int = 20) -> list[dict[str, Any]]:
         for method, divergence in (("AlgaeDICE", "reverse_kl"), ("AlgaeDICE", "chi2"), ("CQL, ATAC", "chi2")):
             value = dual_q(mdp, policy, offline, divergence).value
             primal = regularised_return(mdp, own, offline, divergence, 1.0)
-            found[method, "Q", divergence, "return of pi - D(d^pi || d^O)"].append(abs(value - primal))
+            found[method, "Q", divergence, "return of pi - D(d^pi, d^O)"].append(abs(value - primal))
         q = rng.normal(size=(3, 2))
         v = (policy * q).sum(1)
         y = mdp.rewards + mdp.gamma * mdp.expected(v) - q
@@ -193,23 +193,23 @@ def unification(seeds: int = 20) -> list[dict[str, Any]]:
         ):  # fmt: skip
             solution = dual_v(mdp, offline, divergence)
             primal, _ = primal_v(mdp, offline, divergence)
-            found[method, "V", divergence, "largest return - D(d || d^O)"].append(abs(solution.value - primal))
+            found[method, "V", divergence, "largest return - D(d, d^O)"].append(abs(solution.value - primal))
             found[method, "V", divergence, "flow of w d^O"].append(mdp.flow_error(solution.visitation))
         value = dual_q(still, policy, expert, "chi2").value
         match = -divergence_of("chi2", own, expert)
-        found["IQ-Learn", "Q, r = 0", "chi2", "- D(d^pi || d^E)"].append(abs(value - match))
+        found["IQ-Learn", "Q, r = 0", "chi2", "- D(d^pi, d^E)"].append(abs(value - match))
         with np.errstate(divide="ignore"):
             pseudo = np.log(expert / offline)
         ratio = TabularMDP(mdp.transitions, pseudo, mdp.start, mdp.gamma)
         solution = dual_v(ratio, offline, "reverse_kl")
         primal, _ = primal_v(ratio, offline, "reverse_kl")
-        found["SMODICE", "V, r = log d^E / d^O", "reverse_kl", "largest - D(d || d^E)"].append(
+        found["SMODICE", "V, r = log d^E / d^O", "reverse_kl", "largest - D(d, d^E)"].append(
             abs(solution.value - primal)
         )
         for divergence in ("chi2", "reverse_kl"):
             value = recoil_dual_q(mdp, policy, expert, offline, 0.5, divergence).value
             mixtures = 0.5 * own + 0.5 * offline, 0.5 * expert + 0.5 * offline
-            found["ReCOIL", "Q, mixtures", divergence, "- D(mix(d^pi) || mix(d^E))"].append(
+            found["ReCOIL", "Q, mixtures", divergence, "- D(mix(d^pi), mix(d^E))"].append(
                 abs(value + divergence_of(divergence, *mixtures))
             )
     return [
@@ -459,7 +459,8 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
     axes.flat[0].set_ylabel("|mean V| / max |r| (1 - gamma)", fontsize=7)
-    axes.flat[0].legend(frameon=False, fontsize=7)
+    if axes.flat[0].lines[1:]:
+        axes.flat[0].legend(frameon=False, fontsize=7)
     canvas.suptitle("value of the data's states after training; above the dotted line none can be", fontsize=9)
     canvas.tight_layout()
     canvas.savefig(path, dpi=90)
