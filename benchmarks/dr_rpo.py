@@ -64,6 +64,7 @@ CARTPOLE_SIDES = {"DR-RPO, tv_penalty": {}, "RPO, not robust": {"uncertainty": "
 CARTPOLE_STEPS = 6_000
 REGRET = {"tv_radius": JUMP, "tv_penalty": 1.0, "kl_penalty": 0.5}
 EPISODES = 1_000
+EMPTY = {"value": "", "found": ""}
 ETAS = (0.01, 0.05, 0.2, 1.0, 5.0)
 
 
@@ -120,6 +121,25 @@ def perturbations(name: str, seed: int, steps: int) -> list[dict[str, Any]]:
 def row(task: str, side: str, seed: int, parameter: str, value: float, found: float, **more: Any) -> dict[str, Any]:
     base = {"task": task, "side": side, "seed": seed, "parameter": parameter, "value": value, "found": round(found, 5)}
     return {**base, "steps": "", "seconds": "", **more, **machine(PACKAGES)}
+
+
+def packed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as they are kept: those that differ in `value` and `found` alone are one, with both as lists."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in rows:
+        kept = found.setdefault(tuple(v for k, v in one.items() if k not in ("value", "found")), {**one, **EMPTY})
+        for key in EMPTY:
+            kept[key] = f"{kept[key]} {one[key]}".strip()
+    return list(found.values())
+
+
+def unpacked(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """The inverse of `packed`."""
+    return [
+        {**one, "value": value, "found": found}
+        for one in rows
+        for value, found in zip(one["value"].split(), one["found"].split(), strict=True)
+    ]
 
 
 def cartpole(seed: int, steps: int) -> list[dict[str, Any]]:
@@ -237,7 +257,7 @@ def main(quick: bool = False) -> str:
         if (part, arguments[0]) not in done:
             subprocess.run([sys.executable, __file__, part, json.dumps(arguments), str(raw)], check=True)
             print(f"done: {part}, seed {arguments[0]}", flush=True)
-    rows = read(raw)
+    rows = unpacked(read(raw))
     text = report(rows, len({(part_of(r), r["seed"]) for r in rows}), len(jobs))
     (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     figure(rows, RESULTS / f"{name}.png")
@@ -359,4 +379,4 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
 
 if __name__ == "__main__":
     part, arguments, out = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
-    append(out, PARTS[part](*arguments) if part in PARTS else perturbations(part, *arguments))
+    append(out, packed(PARTS[part](*arguments) if part in PARTS else perturbations(part, *arguments)))
