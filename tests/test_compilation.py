@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,14 +20,6 @@ TINY: dict[str, Any] = {
     "seed": 3, "policy_kwargs": {"net_arch": [16, 16]}, "batch_size": 32, "learning_starts": 40, "eval_episodes": 0,
     "device": "cpu",
 }  # fmt: skip
-
-
-@pytest.fixture
-def any_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no C++ compiler is found, the captured graph is computed operation by operation."""
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        original = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda f, options, **rest: original(f, backend="aot_eager", **rest))
 
 
 def test_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:

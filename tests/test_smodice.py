@@ -196,13 +196,9 @@ def test_first_states_are_first_states(data: dict[str, Any], expert: dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("any_compiler")
 def test_compiled_and_eager_updates_agree(data: dict[str, Any], expert: dict[str, Any]) -> None:
     """The slope of the log odds is differentiated within the compiled graph, too."""
-    pytest.importorskip("torch._inductor")
-    from rlkit.compilation import compiler
-
-    if compiler() is None:
-        pytest.skip("no compiler")
     agents = [smodice(data, expert, seed=1, compile=mode).learn(5) for mode in ("off", "on")]
     assert agents[1]._update.compiled
     for name in ("actor", "value", "discriminator"):
